@@ -1,0 +1,58 @@
+"""Where clients are hosted: a pool of Ray actors, or this process. Both have the interface `Pool`.
+
+Only `ray_pool` imports ray, and only when a plan asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedsim.client import ClientUpdate, Evaluation
+from fedsim.weights import Weights
+
+
+@dataclass(frozen=True)
+class PoolInfo:
+    """What is known of a pool once it is up."""
+
+    device: str
+    fingerprint: str
+    """Of the arithmetic: equal on all actors."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """One client's answer, and how it came about."""
+
+    update: ClientUpdate
+    actor: int
+    """Number of the actor; -1 without Ray."""
+    attempts: int
+
+
+class Pool(Protocol):
+    """Hosts of clients. Answers never depend on which host gave them, nor on their order."""
+
+    @property
+    def info(self) -> PoolInfo:
+        """Device and fingerprint."""
+        ...
+
+    def fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> list[FitResult]:
+        """Trains the clients of a round from the same weights; answers in ascending client_id.
+
+        Raises:
+            ClientError: a client's own code raised.
+            RunFailedError: a client's work could not be finished.
+        """
+        ...
+
+    def evaluate(self, round: int, weights: Weights) -> Evaluation:
+        """Tests the weights on the whole test set, in fixed chunks added in chunk order."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the pool holds."""
+        ...

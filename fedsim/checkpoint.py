@@ -1,0 +1,81 @@
+"""Weights and server state on disk: safetensors and JSON, never pickle.
+
+checkpoint/000012.safetensors          the model's tensors under its own names
+checkpoint/000012.server.safetensors   the strategy's state, where it has one
+checkpoint/000012.json                 written last: a checkpoint exists when this file does
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+from torch import Tensor
+
+from fedsim.errors import RunFolderError
+from fedsim.files import publish
+
+VERSION = 1
+
+
+def save(folder: Path, round: int, tensors: dict[str, Tensor], state: dict[str, Tensor], weights_sha256: str) -> None:
+    """Writes a checkpoint so that it is either complete or absent.
+
+    Args:
+        folder: the run's checkpoint folder; made if missing.
+        round: the round after which these are the weights.
+        tensors: the model's tensors by name.
+        state: the strategy's state.
+        weights_sha256: as in the round's record.
+    """
+    folder.mkdir(exist_ok=True)
+    files = {f"{round:06d}.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
+    if state:
+        files[f"{round:06d}.server.safetensors"] = safetensors.torch.save(state)
+    for name, content in files.items():
+        publish(folder / name, content)
+    manifest = {
+        "fedsim_checkpoint": VERSION,
+        "round": round,
+        "weights_sha256": weights_sha256,
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    publish(folder / f"{round:06d}.json", json.dumps(manifest, indent=2).encode())
+
+
+def rounds(folder: Path) -> list[int]:
+    """The rounds that have a checkpoint, ascending."""
+    return sorted(int(path.stem) for path in folder.glob("[0-9]*.json") if path.stem.isdigit())
+
+
+def prune(folder: Path, keep: int | Literal["all"]) -> None:
+    """Removes all but the newest checkpoints: each one's manifest first, so that none is left half."""
+    if keep == "all":
+        return
+    for old in rounds(folder)[:-keep]:
+        for suffix in ("json", "server.safetensors", "safetensors"):
+            (folder / f"{old:06d}.{suffix}").unlink(missing_ok=True)
+
+
+def load(folder: Path, round: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Reads the model's tensors and the strategy's state back.
+
+    Raises:
+        RunFolderError: a file is missing or not the one that was written; it is named.
+    """
+    manifest_path = folder / f"{round:06d}.json"
+    try:
+        manifest: dict[str, Any] = json.loads(manifest_path.read_text())
+        contents = {name: (folder / Path(name).name).read_bytes() for name in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"the checkpoint {manifest_path} cannot be read: {error}") from None
+    for name, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
+            raise RunFolderError(
+                f"the checkpoint file {folder / name} is damaged: its checksum is not the recorded one"
+            )
+    state = contents.get(f"{round:06d}.server.safetensors")
+    return safetensors.torch.load(contents[f"{round:06d}.safetensors"]), safetensors.torch.load(state) if state else {}

@@ -1,0 +1,65 @@
+"""Tables of extensions: finding an entry by its name, and checking what a configuration gives to it.
+
+An entry is a function; its keyword-only parameters are its configuration. So an extension documents and validates
+itself, and being listed in its table is all that it needs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, PydanticUserError, ValidationError, create_model
+
+from fedsim.config import messages
+from fedsim.errors import ConfigError
+
+T = TypeVar("T")
+
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def lookup(table: Mapping[str, T], name: str, key: str) -> T:
+    """The entry `name` of a table of extensions; `key` is the configuration key that named it.
+
+    Raises:
+        ConfigError: no such entry; the message lists the table and the closest name.
+    """
+    if name in table:
+        return table[name]
+    raise ConfigError(f"{key} = {name!r} is not known; choose from {', '.join(table)}{messages.closest(name, table)}")
+
+
+def arguments(function: Callable[..., Any], given: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Checks what a section gives against a function's keyword-only parameters, and fills in their defaults.
+
+    Types and ranges come from the function's own annotations, e.g. `alpha: Annotated[float, Field(gt=0)] = 0.5`.
+
+    Args:
+        function: an entry of a table.
+        given: argument name -> value.
+        key: the configuration's section, for the message.
+
+    Raises:
+        ConfigError: an argument the function does not have, a wrong type, or a value out of range.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    parameters = {name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for name in given:
+        if name not in parameters:
+            known = ", ".join(f"{n} = {p.default!r}" for n, p in parameters.items()) or "none"
+            raise ConfigError(
+                f"{key}.{name} is not known; {function.__name__} takes: {known}{messages.closest(name, parameters)}"
+            )
+    fields: dict[str, Any] = {
+        name: (p.annotation, ... if p.default is p.empty else p.default) for name, p in parameters.items()
+    }
+    try:
+        model = create_model(function.__name__, __config__={**STRICT, "arbitrary_types_allowed": True}, **fields)
+    except PydanticUserError as error:
+        raise TypeError(f"{function.__name__}: its keyword-only parameters need type annotations ({error})") from None
+    try:
+        return {name: getattr(model.model_validate(dict(given)), name) for name in parameters}
+    except ValidationError as error:
+        raise ConfigError(messages.explain(error, list(parameters), prefix=f"{key}.")) from None

@@ -1,0 +1,59 @@
+"""Every error fedsim raises on purpose.
+
+An error is part of the interface: it says what was given, what is allowed, and what to do, in one or two lines.
+All of them survive pickling, so that an actor can raise one and the driver sees the same.
+"""
+
+from __future__ import annotations
+
+
+class FedsimError(Exception):
+    """Base of all fedsim errors. `exit_code` is what the command line exits with."""
+
+    exit_code = 1
+
+
+class InputError(FedsimError):
+    """What the user gave cannot be used; nothing was written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A key, value or combination of the configuration is wrong."""
+
+
+class DataError(InputError):
+    """A data set is missing, damaged, or cannot be fetched."""
+
+
+class PlanError(InputError):
+    """The clients do not fit the machine or cluster in the asked placement."""
+
+
+class RunFolderError(InputError):
+    """A run's name or folder cannot be used: taken, not a run, or in use."""
+
+
+class RunFailedError(FedsimError):
+    """The run started and could not be finished; its finished rounds stay readable."""
+
+
+class ClientError(RunFailedError):
+    """Code of a client raised: a bug in a model, a loss or a data set, never retried.
+
+    Args:
+        round: the communication round, 0 for the evaluation of the initial weights.
+        client_id: the client, or -1 where no single client is concerned (evaluation).
+        client_traceback: the traceback as text, from the process where it happened.
+    """
+
+    def __init__(self, round: int, client_id: int, client_traceback: str) -> None:
+        super().__init__(round, client_id, client_traceback)  # the arguments themselves, so that pickle can rebuild it
+        self.round = round
+        self.client_id = client_id
+        self.client_traceback = client_traceback
+
+    def __str__(self) -> str:
+        who = f"client {self.client_id}" if self.client_id >= 0 else "the evaluation"
+        return f"{who} failed in round {self.round}:\n{self.client_traceback.rstrip()}"

@@ -1,0 +1,133 @@
+"""From a configuration to checked parts: everything that can be wrong is found here, before anything starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fedsim import datasets, models, sampling
+from fedsim.client import ClientSpec
+from fedsim.config import Config
+from fedsim.config.tables import arguments, lookup
+from fedsim.datasets import Dataset
+from fedsim.errors import ConfigError
+from fedsim.partition import PARTITIONERS, Partition
+from fedsim.sampling import SAMPLERS, Sampler
+from fedsim.seeding import generator
+from fedsim.strategies import STRATEGIES, Strategy
+from fedsim.weights import Layout, Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """All parts of a run, checked: what the loop works with."""
+
+    config: Config
+    """With every default filled in."""
+    dataset: Dataset
+    partition: Partition
+    sampler: Sampler
+    cohort_size: int
+    strategy: Strategy
+    spec: ClientSpec
+    layout: Layout
+    initial_weights: Weights
+    own: dict[str, str]
+    """The parts that came from Python instead of the configuration: which -> what it is called."""
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the encoded weights."""
+        return self.initial_weights.num_bytes
+
+    @property
+    def address(self) -> str:
+        """Where Ray is: the configuration's address where it was set, else RAY_ADDRESS, else a private Ray."""
+        placement = self.config.placement
+        is_set = "address" in placement.model_fields_set
+        return placement.address if is_set else os.environ.get("RAY_ADDRESS") or placement.address
+
+
+def prepare(
+    config: Config,
+    *,
+    model: Callable[..., nn.Module] | None = None,
+    strategy: Strategy | None = None,
+    dataset: Dataset | None = None,
+) -> Experiment:
+    """Looks up, checks and builds the parts of a run; fetches the data set where it is not cached.
+
+    Args:
+        config: the configuration; its names are looked up in the tables, except for parts given here.
+        model: own model factory, see `models.build`.
+        strategy: own server algorithm.
+        dataset: own data set.
+
+    Raises:
+        ConfigError: an unknown entry, or an argument that does not fit.
+        DataError: the data set is missing or damaged and cannot be fetched.
+    """
+    own = {"model": model, "strategy": strategy, "dataset": dataset}
+    config = resolve(config, own_strategy=strategy is not None)
+    cohort_size = sampling.cohort_size(config.clients.per_round, config.clients.count)
+    if strategy is None:
+        strategy = STRATEGIES[config.strategy.name](**config.strategy.arguments)
+    elif not isinstance(strategy, Strategy):
+        raise ConfigError(f"strategy must be a fedsim.Strategy(init, aggregate), not {type(strategy).__name__}")
+    factory = model or lookup(models.MODELS, config.model.name, "model.name")
+    data = dataset or datasets.load(config.data.dataset)
+    if not isinstance(data, Dataset):
+        raise ConfigError(f"dataset must be a fedsim.Dataset, not {type(data).__name__}")
+    partitioner = PARTITIONERS[config.data.partition.name]
+    shards = partitioner(
+        data.train_labels,
+        config.clients.count,
+        generator("partition", config.seed),
+        **config.data.partition.arguments,
+    )
+    module = models.build(factory, data.input_shape, data.num_classes, config.seed)
+    layout = Layout.of(module)
+    return Experiment(
+        config=config,
+        dataset=data,
+        partition=Partition.of(shards),
+        sampler=SAMPLERS[config.clients.sampler],
+        cohort_size=cohort_size,
+        strategy=strategy,
+        spec=ClientSpec(
+            config.training, config.seed, factory, data.input_shape, data.num_classes, config.placement.threads
+        ),
+        layout=layout,
+        initial_weights=layout.flatten(module),
+        own={name: _called(part) for name, part in own.items() if part is not None},
+    )
+
+
+def resolve(config: Config, *, own_strategy: bool = False) -> Config:
+    """Checks the names and arguments of a configuration against the tables, and fills in the arguments' defaults.
+
+    Raises:
+        ConfigError: see `config.lookup` and `config.arguments`.
+    """
+    partitioner = lookup(PARTITIONERS, config.data.partition.name, "data.partition.name")
+    changes: dict[str, Any] = {
+        f"data.partition.{name}": value
+        for name, value in arguments(partitioner, config.data.partition.arguments, "data.partition").items()
+    }
+    if not own_strategy:
+        builder = lookup(STRATEGIES, config.strategy.name, "strategy.name")
+        given = arguments(builder, config.strategy.arguments, "strategy")
+        changes |= {f"strategy.{name}": value for name, value in given.items()}
+    lookup(models.MODELS, config.model.name, "model.name")
+    lookup(datasets.DATASETS, config.data.dataset, "data.dataset")
+    lookup(SAMPLERS, config.clients.sampler, "clients.sampler")
+    return config.override(changes)
+
+
+def _called(part: Any) -> str:
+    kind = part if hasattr(part, "__qualname__") else type(part)
+    return f"{kind.__module__}.{kind.__qualname__}"

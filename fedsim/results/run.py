@@ -1,0 +1,162 @@
+"""Reading a run: from its folder, also while it is being written, or from memory."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor, nn
+
+from fedsim import checkpoint, models
+from fedsim.config import Config
+from fedsim.config.tables import lookup
+from fedsim.errors import RunFolderError
+from fedsim.metrics import RoundRecord, table
+from fedsim.results.writer import RUN_VERSION, SCHEMAS, is_live, read_info
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run: its records, weights and model, from its folder or from memory.
+
+    Attributes:
+        name: the run's name.
+        path: its folder; None for a run that was not written.
+        config: the whole resolved configuration.
+    """
+
+    name: str
+    path: Path | None
+    config: Config
+    _records: tuple[RoundRecord, ...] = ()
+    _tensors: dict[str, Tensor] | None = None
+    _model: Callable[[], nn.Module] | None = None
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """One row a round, columns as `fedsim.metrics.ROUND_COLUMNS`; read afresh from a run still going."""
+        return self._frame("rounds")
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """One row a sampled client a round, columns as `fedsim.metrics.CLIENT_COLUMNS`."""
+        return self._frame("clients")
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What run.json says; a run that says running while nobody writes it reads as interrupted."""
+        if self.path is None:
+            return {"name": self.name, "status": "finished"}
+        info = read_info(self.path)
+        if info is None:
+            raise RunFolderError(f"{self.path} is not a run: it has no run.json of fedsim's")
+        if info["status"] == "running" and not is_live(self.path):
+            info["status"] = "interrupted"
+        return info
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed or interrupted."""
+        return str(self.info["status"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The newest saved weights by name: after a finished run, the final ones.
+
+        Raises:
+            RunFolderError: the run has no checkpoint yet, or it is damaged.
+        """
+        if self.path is None:
+            return {name: tensor.clone() for name, tensor in (self._tensors or {}).items()}
+        saved = checkpoint.rounds(self.path / "checkpoint")
+        if not saved:
+            raise RunFolderError(f"{self.path} has no checkpoint yet")
+        return checkpoint.load(self.path / "checkpoint", saved[-1])[0]
+
+    def model(self) -> nn.Module:
+        """The model with `weights` loaded.
+
+        Raises:
+            RunFolderError: the model was the user's own and was not given to `load_run`.
+        """
+        if self._model is None:
+            raise RunFolderError(f"{self.name} used its own model; give it: fedsim.load_run(path, model=make_model)")
+        module = self._model()
+        module.load_state_dict(self.weights())
+        return module
+
+    def _frame(self, kind: str) -> pd.DataFrame:
+        if self.path is not None:
+            frame: pd.DataFrame = pd.read_parquet(self.path / f"{kind}.parquet")
+            return frame
+        if kind == "rounds":
+            rows = [record.row(self.name) for record in self._records]
+        else:
+            rows = [client.row(self.name) for record in self._records for client in record.clients]
+        frame = table(rows, SCHEMAS[kind]).to_pandas()
+        return frame
+
+
+def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | None = None) -> Run:
+    """A run from its folder; one that is still going can be read too.
+
+    Args:
+        path: the run's folder.
+        model: the factory of a run that used its own model; only `Run.model` needs it.
+
+    Raises:
+        RunFolderError: the folder is not a run of fedsim, or of a newer version.
+    """
+    folder = Path(path)
+    info = read_info(folder)
+    if info is None:
+        raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's")
+    if info["fedsim_run"] > RUN_VERSION:
+        raise RunFolderError(f"{folder} was written by a newer fedsim ({info['versions']['fedsim']}); update fedsim")
+    config = Config.from_toml(folder / "config.toml")
+    if model is None and not info["own"].get("model"):
+        model = lookup(models.MODELS, config.model.name, "model.name")
+    shape, classes = tuple(info["data"]["input_shape"]), info["data"]["num_classes"]
+    make = partial(models.build, model, shape, classes, config.seed) if model else None
+    return Run(folder.name, folder, config, _model=make)
+
+
+class Runs(tuple[Run, ...]):
+    """Several runs; their records as one frame each, told apart by the column `run`."""
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """As `Run.rounds`, of all runs."""
+        return pd.concat([run.rounds for run in self], ignore_index=True)
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """As `Run.clients`, of all runs."""
+        return pd.concat([run.clients for run in self], ignore_index=True)
+
+
+def find_runs(results: Path) -> list[Run]:
+    """The runs of a results folder, by name; what is no run is skipped."""
+    return [load_run(folder) for folder in sorted(results.glob("*")) if read_info(folder) is not None]
+
+
+def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
+    """Many runs at once; folders that are no run are skipped.
+
+    Args:
+        paths: a pattern such as "results/*", or folders.
+
+    Raises:
+        RunFolderError: not one of them is a run.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    folders = [Path(match) for path in given for match in sorted(glob.glob(os.fspath(path)))]  # noqa: PTH207 - absolute patterns too
+    found = Runs(load_run(folder) for folder in folders if read_info(folder) is not None)
+    if not found:
+        raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; `fedsim runs` lists them")
+    return found

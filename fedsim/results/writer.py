@@ -1,0 +1,215 @@
+"""Writing a run's folder: name, lock, rows, checkpoints, status."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from fedsim import checkpoint
+from fedsim.config import RUN_NAME, Config
+from fedsim.errors import RunFolderError
+from fedsim.files import publish
+from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, RoundRecord, table
+
+RUN_VERSION = 1
+FLUSH_S = 1.0
+"""Rows wait at most about this long before they are in a file."""
+
+_OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", ".lock", "run.json")
+
+
+def target(results: Path, name: str | None, default_name: str, overwrite: bool) -> Path:
+    """The folder a new run will have; nothing is made yet.
+
+    Args:
+        results: the results folder.
+        name: the user's name for the run, or None: then `default_name`, or the next free `-2`, `-3`, ... .
+        default_name: the configuration's name.
+        overwrite: whether a run of that name may be replaced.
+
+    Raises:
+        RunFolderError: the name is not one, or is taken.
+    """
+    chosen = name if name is not None else default_name
+    if not RUN_NAME.fullmatch(chosen):
+        raise RunFolderError(
+            f"{chosen!r} cannot be a run's name: up to 100 letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit"
+        )
+    if results.exists() and not results.is_dir():
+        raise RunFolderError(f"{results} is not a folder; name another with --results")
+    folder = results / chosen
+    if overwrite:
+        if folder.exists() or folder.is_symlink():
+            _check_replaceable(folder)
+        return folder
+    if name is None:
+        number = 2
+        while folder.exists() or folder.is_symlink():
+            folder = results / f"{chosen}-{number}"
+            number += 1
+    elif folder.exists() or folder.is_symlink():
+        raise RunFolderError(f"{folder} exists already; choose another --name, or replace it with --overwrite")
+    return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.is_symlink() or not folder.is_dir() or read_info(folder) is None:
+        raise RunFolderError(f"{folder} is not a run of fedsim, so --overwrite leaves it alone; choose another --name")
+    if is_live(folder):
+        raise RunFolderError(f"{folder} is being written by a running fedsim; wait for it, or choose another --name")
+
+
+def _remove_ours(folder: Path) -> None:
+    """Empties a run's folder of what fedsim wrote; whatever else lies there stays."""
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_info(folder: Path) -> dict[str, Any] | None:
+    """The content of a run's run.json; None where there is none of fedsim's."""
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return info if isinstance(info, dict) and "fedsim_run" in info else None
+
+
+def is_live(folder: Path) -> bool:
+    """Whether some process is writing the run: it holds the lock."""
+    try:
+        with (folder / ".lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+class RunWriter:
+    """Writes one run's folder. As a context manager it ends the run with the status that fits.
+
+    Args:
+        folder: from `target`.
+        config: the whole resolved configuration.
+        info: what run.json says besides status and times.
+
+    Raises:
+        RunFolderError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, config: Config, info: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.folder, self._config = folder, config
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if overwrite and folder.exists():
+                _check_replaceable(folder)
+                _remove_ours(folder)
+            folder.mkdir(exist_ok=overwrite)
+            self._lock = (folder / ".lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            publish(folder / "config.toml", config.to_toml().encode())
+            self._rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "clients": []}
+            self._first_round: int | None = None
+            for kind, schema in SCHEMAS.items():  # an empty typed part: the folders can be read from the start
+                (folder / f"{kind}.parquet").mkdir()
+                self._write_part(kind, "part-empty", table([], schema))
+        except OSError as error:
+            raise RunFolderError(f"cannot make the run's folder {folder}: {error}") from None
+        self._info = {
+            "fedsim_run": RUN_VERSION,
+            "name": folder.name,
+            "status": "running",
+            "started_at": _now(),
+            "ended_at": None,
+            "error": None,
+            **info,
+        }
+        self.update()
+        self._flushed = self._checkpointed = time.monotonic()
+
+    def update(self, **changes: Any) -> None:
+        """Changes entries of run.json."""
+        self._info |= changes
+        publish(self.folder / "run.json", json.dumps(self._info, indent=2).encode())
+
+    def write(self, record: RoundRecord, tensors: Callable[[], dict[str, Tensor]], state: dict[str, Tensor]) -> None:
+        """Takes a round's record, and a checkpoint where one is due.
+
+        Args:
+            record: the round.
+            tensors: gives the model's tensors by name; called only for a checkpoint.
+            state: the strategy's state after the round.
+        """
+        if self._first_round is None:
+            self._first_round = record.round
+        self._last_round = record.round
+        self._rows["rounds"].append(record.row(self.folder.name))
+        self._rows["clients"] += [client.row(self.folder.name) for client in record.clients]
+        now, settings = time.monotonic(), self._config.checkpoint
+        is_due = now - self._checkpointed >= settings.every_s or record.round == self._config.rounds
+        if is_due or now + record.round_s - self._flushed >= FLUSH_S:  # the next round may take as long as this one
+            self.flush()
+        if is_due:
+            folder = self.folder / "checkpoint"
+            checkpoint.save(folder, record.round, tensors(), state, record.weights_sha256)
+            checkpoint.prune(folder, settings.keep)
+            self._checkpointed = now
+
+    def flush(self) -> None:
+        """Publishes the waiting rows as one part each: first the clients, so that a round's row comes last."""
+        if self._first_round is None:
+            return
+        part = f"part-{self._first_round:06d}-{self._last_round:06d}"
+        for kind in ("clients", "rounds"):
+            if self._rows[kind]:
+                self._write_part(kind, part, table(self._rows[kind], SCHEMAS[kind]))
+                self._rows[kind] = []
+        self._first_round = None
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            self.flush()
+            if error is None:
+                self.update(status="finished", ended_at=_now())
+            elif isinstance(error, Exception):
+                self.update(status="failed", ended_at=_now(), error=f"{type(error).__name__}: {error}")
+            else:  # Ctrl-C, SIGTERM, or an iteration left early
+                self.update(status="interrupted", ended_at=_now())
+        finally:
+            self._lock.close()
+
+    def _write_part(self, kind: str, name: str, rows: pa.Table) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(rows, buffer)
+        publish(self.folder / f"{kind}.parquet" / f"{name}.parquet", buffer.getvalue())
+
+
+SCHEMAS = {"rounds": ROUND_SCHEMA, "clients": CLIENT_SCHEMA}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

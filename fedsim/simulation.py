@@ -1,0 +1,256 @@
+"""The loop of federated averaging, as an iterator of rounds. `recording` is the same with a folder on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.actors import FitResult, Pool
+from fedsim.actors.serial import SerialPool
+from fedsim.client import Evaluation
+from fedsim.config import Config
+from fedsim.datasets import Dataset
+from fedsim.errors import RunFailedError
+from fedsim.experiment import Experiment, prepare
+from fedsim.metrics import ClientRecord, RoundRecord
+from fedsim.placement import Node, Plan, local_node, make_plan
+from fedsim.seeding import generator
+from fedsim.strategies import State, Strategy, weighted_mean
+from fedsim.weights import Weights, cosine, l2_norm, read_only_tensor
+
+
+@dataclass(frozen=True)
+class Round:
+    """A finished round: its record, and the weights and the server's state after it."""
+
+    record: RoundRecord
+    weights: Weights
+    state: State
+
+
+def federated_averaging(x: Experiment, pool: Pool) -> Iterator[Round]:
+    """The rounds of an experiment: sample, fit, aggregate, evaluate. Round 0 evaluates the initial weights.
+
+    Raises:
+        ClientError: a client's own code raised.
+        RunFailedError: a round cannot be finished.
+
+    Reference:
+        McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
+        Algorithm 1. https://arxiv.org/abs/1602.05629
+    """
+    weights, state = x.initial_weights, x.strategy.init(x.initial_weights.flat)
+    clock = _Clock()
+    with clock.part("evaluate_s"):
+        evaluation: Evaluation | None = pool.evaluate(0, weights)
+    yield Round(_record(0, clock, weights, evaluation), weights, state)
+
+    for round in range(1, x.config.rounds + 1):
+        clock = _Clock()
+        cohort = x.sampler(x.config.clients.count, x.cohort_size, generator("cohort", x.config.seed, round=round))
+        with clock.part("fit_s"):
+            results = pool.fit(round, weights, cohort.tolist())
+        with clock.part("aggregate_s"):
+            step = _aggregate(x, round, weights, state, results)
+            weights, state = step.weights, step.state
+        evaluation = None
+        if round % x.config.evaluation.every == 0 or round == x.config.rounds:
+            with clock.part("evaluate_s"):
+                evaluation = pool.evaluate(round, weights)
+        yield Round(_record(round, clock, weights, evaluation, step), weights, state)
+
+
+def rounds(
+    config: Config,
+    *,
+    model: Callable[..., nn.Module] | None = None,
+    strategy: Strategy | None = None,
+    dataset: Dataset | None = None,
+) -> Iterator[RoundRecord]:
+    """Runs an experiment round by round, with nothing on disk; leaving the iteration early cleans up.
+
+    Args:
+        config: the configuration.
+        model: own model factory, called with (input_shape, num_classes) or with nothing, returning an `nn.Module`.
+        strategy: own server algorithm.
+        dataset: own data set.
+
+    Yields:
+        The record of each round, from round 0, the evaluation of the initial weights.
+
+    Raises:
+        InputError: the configuration, the data or the machine does not allow it; before anything starts.
+        RunFailedError: see `federated_averaging`.
+
+    Example:
+        >>> config = Config().override({"data.dataset": "synthetic", "placement.mode": "serial", "rounds": 2})
+        >>> [record.round for record in rounds(config)]
+        [0, 1, 2]
+    """
+    experiment = prepare(config, model=model, strategy=strategy, dataset=dataset)
+    with connect(experiment) as plan, open_pool(experiment, plan) as pool:
+        for round in federated_averaging(experiment, pool):
+            yield round.record
+
+
+@contextlib.contextmanager
+def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
+    """Makes the plan of an experiment, with the Ray that it needs connected.
+
+    Raises:
+        PlanError: the clients do not fit, or no Ray answers at the address.
+    """
+
+    def plan(*nodes: Node) -> Plan:
+        return make_plan(
+            x.config.placement,
+            num_clients=x.config.clients.count,
+            cohort_size=x.cohort_size,
+            model_bytes=x.model_bytes,
+            nodes=nodes,
+        )
+
+    node = local_node()
+    if x.config.placement.mode == "serial":
+        yield plan(node)
+        return
+    from fedsim.actors import ray_pool  # imports ray, which a serial run does without
+
+    if x.address == "local" and not ray_pool.is_connected():
+        plan(node)  # refuses what does not fit before a Ray is started
+    with ray_pool.connection(x.address, node, _store_bytes(x), debug=debug) as nodes:
+        yield plan(*nodes)
+
+
+@contextlib.contextmanager
+def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
+    """Starts the hosts of the clients, and stops them at the end."""
+    if plan.mode == "serial":
+        pool: Pool = SerialPool(x.spec, x.dataset, x.partition)
+    else:
+        from fedsim.actors.ray_pool import RayPool
+
+        pool = RayPool(plan, x.spec, x.dataset, x.partition, x.config.failures.max_retries)
+    with contextlib.closing(pool):
+        yield pool
+
+
+def _store_bytes(x: Experiment) -> int:
+    """What a private Ray's object store must hold: data, weights and a round's updates, twice over."""
+    images = x.dataset.train_images.nbytes + x.dataset.test_images.nbytes
+    return 2 * (images + x.partition.indices.nbytes + (x.cohort_size + 2) * x.model_bytes) + 100_000_000
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the server made of a round's answers."""
+
+    weights: Weights
+    state: State
+    update_l2_norm: float
+    clients: tuple[ClientRecord, ...]
+    num_retries: int
+
+
+def _aggregate(x: Experiment, round: int, weights: Weights, state: State, results: Sequence[FitResult]) -> _Step:
+    """The strategy's step over the finite updates, in ascending client_id, and the record of each client."""
+    completed = [result.update for result in results if result.update.is_finite]
+    if not completed:
+        raise RunFailedError(
+            f"round {round}: not one of {len(results)} updates is finite, so there is nothing to average; "
+            f"training diverged (training.lr = {x.config.training.lr})"
+        )
+    updates = torch.stack([read_only_tensor(update.update) for update in completed])
+    is_by_examples = x.config.strategy.weighting == "examples"
+    counts = torch.tensor([update.num_examples if is_by_examples else 1 for update in completed])
+    flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
+    if flat.shape != weights.flat.shape or flat.dtype != weights.flat.dtype or not torch.isfinite(flat).all():
+        raise RunFailedError(f"round {round}: strategy {x.config.strategy.name} gave weights that are not finite")
+    mean = weighted_mean(updates, counts)
+    return _Step(
+        Weights(flat, read_only_tensor(completed[0].integers).clone()),
+        state,
+        l2_norm(flat.double() - weights.flat.double()),
+        tuple(_client_record(round, result, mean) for result in results),
+        sum(result.attempts - 1 for result in results),
+    )
+
+
+def _client_record(round: int, result: FitResult, mean_update: Tensor) -> ClientRecord:
+    update = result.update
+    return ClientRecord(
+        round=round,
+        client_id=update.client_id,
+        status="completed" if update.is_finite else "rejected",
+        num_examples=update.num_examples,
+        num_steps=update.num_steps,
+        train_loss=update.train_loss,
+        update_l2_norm=update.update_l2_norm,
+        cosine_to_mean=cosine(read_only_tensor(update.update), mean_update) if update.is_finite else None,
+        update_sha256=update.update_sha256,
+        fit_s=update.fit_s,
+        stack_size=update.stack_size,
+        attempts=result.attempts,
+        actor=result.actor,
+        pid=update.pid,
+        node=update.node,
+        error=None if update.is_finite else "the update is not finite",
+    )
+
+
+def _record(
+    round: int, clock: _Clock, weights: Weights, evaluation: Evaluation | None, step: _Step | None = None
+) -> RoundRecord:
+    clients = step.clients if step else ()
+    completed = [client for client in clients if client.status == "completed"]
+    num_examples = sum(client.num_examples for client in completed)
+    losses = [client.num_examples * client.train_loss for client in completed if client.train_loss is not None]
+    return RoundRecord(
+        round=round,
+        started_at=clock.started_at,
+        num_sampled=len(clients),
+        num_completed=len(completed),
+        num_rejected=len(clients) - len(completed),
+        num_retries=step.num_retries if step else 0,
+        num_examples=num_examples,
+        train_loss=math.fsum(losses) / num_examples if completed else None,
+        test_loss=evaluation.loss_sum / evaluation.num_examples if evaluation else None,
+        test_accuracy=evaluation.num_correct / evaluation.num_examples if evaluation else None,
+        update_l2_norm=step.update_l2_norm if step else None,
+        bytes_down=weights.num_bytes * len(clients),
+        bytes_up=weights.num_bytes * len(completed),
+        weights_sha256=weights.sha256(),
+        clients=clients,
+        round_s=clock.round_s,
+        fit_s=clock.parts.get("fit_s"),
+        aggregate_s=clock.parts.get("aggregate_s"),
+        evaluate_s=clock.parts.get("evaluate_s"),
+    )
+
+
+class _Clock:
+    """Times one round and its parts."""
+
+    def __init__(self) -> None:
+        self.started_at = datetime.now(UTC)
+        self.start = time.perf_counter()
+        self.parts: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times what is done inside."""
+        start = time.perf_counter()
+        yield
+        self.parts[name] = time.perf_counter() - start
+
+    @property
+    def round_s(self) -> float:
+        """Seconds since the round began."""
+        return time.perf_counter() - self.start

@@ -1,0 +1,157 @@
+"""Weights on the wire: one flat float vector [D] with a layout, and what is computed from it.
+
+Shape letters: D float values of the model (parameters, then floating buffers), I integer values (integer buffers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedsim.errors import ConfigError
+
+
+class Weights(NamedTuple):
+    """All values of a model: what the server sends and averages."""
+
+    flat: Tensor
+    """Parameters, then floating buffers, in layout order. Shape [D], float32 (float64 in tests)."""
+    integers: Tensor
+    """Integer and boolean buffers, in layout order. Shape [I], int64."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the encoded weights."""
+        return self.flat.nbytes + self.integers.nbytes
+
+    @staticmethod
+    def of_arrays(arrays: tuple[np.ndarray, np.ndarray]) -> Weights:
+        """Weights that read the given arrays in place; they must not be written."""
+        return Weights(read_only_tensor(arrays[0]), read_only_tensor(arrays[1]))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The two vectors as numpy arrays [D] and [I]: what is put into a shared object store."""
+        return self.flat.numpy(), self.integers.numpy()
+
+    def sha256(self) -> str:
+        """64 hex digits over the little-endian bytes of `flat`, then of `integers`."""
+        return sha256(self.flat.numpy(force=True), self.integers.numpy(force=True))
+
+
+class Entry(NamedTuple):
+    """One named tensor of a model and its place in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and places of a model's tensors in the flat vectors."""
+
+    floats: tuple[Entry, ...]
+    """Parameters, then floating buffers: slices of `Weights.flat`."""
+    integers: tuple[Entry, ...]
+    """Integer and boolean buffers: slices of `Weights.integers`."""
+
+    @staticmethod
+    def of(module: nn.Module) -> Layout:
+        """The layout of a module: parameters in definition order, then persistent buffers.
+
+        Raises:
+            ConfigError: a tensor is neither float32, float64, integer nor boolean, or there is nothing to train.
+        """
+        persistent = module.state_dict(keep_vars=True)
+        parameters = [(name, p, p.requires_grad) for name, p in module.named_parameters()]
+        buffers = [(name, b, False) for name, b in module.named_buffers() if name in persistent]
+        tensors = parameters + buffers
+        for name, tensor, _ in tensors:
+            if tensor.is_complex() or tensor.dtype in (torch.float16, torch.bfloat16):
+                raise ConfigError(f"the model's tensor {name} is {tensor.dtype}; fedsim averages float32 models")
+        dtypes = {t.dtype for _, t, _ in tensors if t.is_floating_point()}
+        if len(dtypes) > 1:
+            raise ConfigError(f"the model mixes {', '.join(sorted(map(str, dtypes)))}; make it one type with .float()")
+        if not any(trainable for _, _, trainable in tensors):
+            raise ConfigError("the model has no parameter to train")
+        return Layout(
+            _entries([t for t in tensors if t[1].is_floating_point()]),
+            _entries([t for t in tensors if not t[1].is_floating_point()]),
+        )
+
+    @property
+    def num_values(self) -> int:
+        """D, the length of the flat float vector."""
+        return self.floats[-1].stop
+
+    def flatten(self, module: nn.Module) -> Weights:
+        """A copy of a module's values, on the CPU."""
+        tensors = module.state_dict()
+        flat = torch.cat([tensors[e.name].detach().cpu().reshape(-1) for e in self.floats])
+        integers = [tensors[e.name].detach().cpu().reshape(-1).to(torch.int64) for e in self.integers]
+        return Weights(flat, torch.cat(integers) if integers else torch.empty(0, dtype=torch.int64))
+
+    def load(self, module: nn.Module, weights: Weights) -> None:
+        """Copies the values into the module's own tensors, wherever they live."""
+        tensors = module.state_dict()
+        with torch.no_grad():
+            for e in self.floats:
+                tensors[e.name].copy_(weights.flat[e.start : e.stop].view(e.shape))
+            for e in self.integers:
+                tensors[e.name].copy_(weights.integers[e.start : e.stop].view(e.shape))
+
+    def unflatten(self, weights: Weights) -> dict[str, Tensor]:
+        """Name -> tensor of its own shape and type; a copy, as `nn.Module.load_state_dict` takes it."""
+        floats = {e.name: weights.flat[e.start : e.stop].view(e.shape).clone() for e in self.floats}
+        integers = {e.name: weights.integers[e.start : e.stop].view(e.shape).to(e.dtype) for e in self.integers}
+        return floats | integers
+
+
+def _entries(tensors: list[tuple[str, Tensor, bool]]) -> tuple[Entry, ...]:
+    entries, start = [], 0
+    for name, tensor, trainable in tensors:
+        entries.append(Entry(name, tuple(tensor.shape), tensor.dtype, trainable, start, start + tensor.numel()))
+        start += tensor.numel()
+    return tuple(entries)
+
+
+def read_only_tensor(array: np.ndarray) -> Tensor:
+    """A tensor that shares the array's memory, also where that is read-only, as in a shared object store."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors; nothing here writes to these
+        return torch.from_numpy(array)
+
+
+def sha256(*arrays: np.ndarray) -> str:
+    """64 lower-case hex digits over the arrays' little-endian bytes, one after the other."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+    return digest.hexdigest()
+
+
+def l2_norm(vector: Tensor) -> float:
+    """||vector||, accumulated in float64. Shape [D] -> a number; NaN or infinity where the vector has one."""
+    return math.sqrt(_dot(vector, vector))
+
+
+def cosine(a: Tensor, b: Tensor) -> float | None:
+    """Cosine of the angle between two vectors [D], in [-1, 1]; None where one of them is zero."""
+    norms = l2_norm(a) * l2_norm(b)
+    return max(-1.0, min(1.0, _dot(a, b) / norms)) if norms > 0 else None
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    # numpy's own pairwise sum: unlike a BLAS dot it does not depend on the number of threads
+    x, y = a.numpy(force=True).astype(np.float64), b.numpy(force=True).astype(np.float64)
+    return float(np.sum(np.multiply(x, y)))
