@@ -6,7 +6,7 @@ set, int64, ascending (training shuffles them anyway, and ascending reads run th
 No client is left empty; all but `sampled` are disjoint and covering: each example belongs to exactly one client.
 
 To add one, write a function and give it a line in `PARTITIONERS`. The annotations of its keyword-only arguments say
-what they mean and what is allowed; `config.arguments` checks the configuration against them.
+what they mean and what is allowed; `config.tables.arguments` checks the configuration against them.
 
 Letters: N examples, K clients, n_k examples of client k, C classes.
 """
@@ -75,7 +75,7 @@ def iid(labels: Ints, num_clients: int, rng: np.random.Generator) -> list[Ints]:
         [4, 4, 3]
     """
     _check_count(len(labels), num_clients)
-    return _deal(rng.permutation(len(labels)), _evenly(len(labels), num_clients))
+    return _by_owner(_shuffled_owners(_evenly(len(labels), num_clients), rng), num_clients)
 
 
 def shards(
@@ -87,10 +87,9 @@ def shards(
 ) -> list[Ints]:
     """Sorts the examples by label, cuts them into K * shards_per_client shards and deals these out at random.
 
-    Clients have N // K examples, and the first N % K of them one more, as in `iid`. A client's examples are split
-    as evenly over its shards, so shards have N // (K * shards_per_client) examples or one more, and all the same
-    number where it divides N. A client has about shards_per_client labels: a shard may cross from one to the next.
-    The sort is stable: examples of equal label keep their order.
+    Clients have N // K examples, and the first N % K of them one more, as in `iid`. A client's examples are split as
+    evenly over its shards, so a shard has N // (K * shards_per_client) examples or one more. A client has about
+    shards_per_client labels: a shard may cross from one to the next. The sort is stable: equal labels keep their order.
 
     Raises:
         ConfigError: more clients, or more shards, than examples.
@@ -102,8 +101,8 @@ def shards(
     _check_count(len(labels), num_clients)
     _check_minimum(len(labels), num_clients, shards_per_client, "shards_per_client")
     num_shards = num_clients * shards_per_client
+    owner_of_shard, size_of_shard = np.empty((2, num_shards), np.int64)
     dealt = rng.permutation(num_shards).reshape(num_clients, shards_per_client)  # the shards of each client
-    owner_of_shard, size_of_shard = np.empty(num_shards, np.int64), np.empty(num_shards, np.int64)
     owner_of_shard[dealt] = np.arange(num_clients)[:, None]
     size_of_shard[dealt] = _evenly(_evenly(len(labels), num_clients), shards_per_client)
     owners = np.empty(len(labels), np.int64)
@@ -116,10 +115,7 @@ def dirichlet(
     num_clients: int,
     rng: np.random.Generator,
     *,
-    alpha: Annotated[
-        float,
-        Field(gt=0, le=1e9, description="concentration: small = few classes a client, large = equal mixes"),
-    ] = 0.5,
+    alpha: Annotated[float, Field(gt=0, le=1e9, description="small = few classes a client, large = equal mixes")] = 0.5,
     min_examples: Annotated[int, Field(ge=1, description="every client gets at least this many examples")] = 1,
 ) -> list[Ints]:
     """Splits each class over the clients in proportions drawn from Dir_K(alpha, ..., alpha): label skew, unequal sizes.
@@ -129,8 +125,8 @@ def dirichlet(
     the population of Hsu et al., q ~ Dir(alpha' p) with prior p, at alpha' = alpha * C. There all clients have the same
     number of examples; here sizes vary, the more the smaller alpha is. Counts are rounded by largest remainder.
 
-    Clients left with fewer than `min_examples` are filled up with random examples of the largest, which give one at a
-    time, the largest of the moment first. The proportions are not drawn again, so this always ends.
+    Clients left with fewer than `min_examples` are filled up one example at a time from the client that is then the
+    largest, out of its most frequent class. The proportions are not drawn again, so this always ends.
 
     Raises:
         ConfigError: more clients than examples, or not enough examples for `min_examples` each.
@@ -145,12 +141,13 @@ def dirichlet(
     """
     _check_count(len(labels), num_clients)
     _check_minimum(len(labels), num_clients, min_examples, "min_examples")
+    classes, num_of_class = np.unique(labels, return_counts=True)
+    proportions = rng.dirichlet(np.full(num_clients, alpha), size=len(classes))
+    counts = np.stack([_apportion(n, p) for n, p in zip(num_of_class, proportions, strict=True)])
     owners = np.empty(len(labels), np.int64)
-    for label in np.unique(labels):
-        examples = np.flatnonzero(labels == label)
-        counts = _apportion(len(examples), rng.dirichlet(np.full(num_clients, alpha)))
-        owners[examples] = rng.permutation(np.repeat(np.arange(num_clients), counts))
-    return _by_owner(_fill_up(owners, num_clients, min_examples, rng), num_clients)
+    for label, row in zip(classes, _fill_up(counts, min_examples), strict=True):
+        owners[labels == label] = _shuffled_owners(row, rng)
+    return _by_owner(owners, num_clients)
 
 
 def quantity(
@@ -158,9 +155,7 @@ def quantity(
     num_clients: int,
     rng: np.random.Generator,
     *,
-    sigma: Annotated[
-        float, Field(ge=0, le=100, description="spread of the sizes: deviation of their logarithm; 0 = equal")
-    ] = 1.0,
+    sigma: Annotated[float, Field(ge=0, le=100, description="deviation of the sizes' logarithm; 0 = equal")] = 1.0,
 ) -> list[Ints]:
     """Shuffles the examples and deals them out in log-normal sizes: quantity skew, IID labels.
 
@@ -178,7 +173,7 @@ def quantity(
     _check_count(len(labels), num_clients)
     logs = sigma * rng.standard_normal(num_clients)
     sizes = _apportion(len(labels), np.exp(logs - logs.max()))  # the largest is 1: exp cannot overflow
-    return _deal(rng.permutation(len(labels)), _raise_smallest(sizes, 1))
+    return _by_owner(_shuffled_owners(_fill_up(sizes[None], 1)[0], rng), num_clients)
 
 
 def sampled(
@@ -218,48 +213,40 @@ def _check_minimum(num_examples: int, num_clients: int, minimum: int, key: str) 
 
 def _evenly(total: int | Ints, num_parts: int) -> Ints:
     """Whole parts of each total, shape [..., num_parts], the first ones one larger where it does not divide."""
-    share, leftover = np.divmod(np.asarray(total, np.int64)[..., None], num_parts)
-    return np.asarray(share + (np.arange(num_parts) < leftover), np.int64)
+    totals: Ints = np.asarray(total, np.int64)[..., None]
+    return totals // num_parts + (np.arange(num_parts) < totals % num_parts)
 
 
 def _apportion(total: int, shares: npt.NDArray[np.float64]) -> Ints:
     """`total` in whole parts in proportion to `shares`, by largest remainder, the first among equals."""
-    exact = shares / shares.sum() * total
+    exact: npt.NDArray[np.float64] = shares / shares.sum() * total
     parts = np.floor(exact).astype(np.int64)
     parts[np.argsort(parts - exact, kind="stable")[: total - parts.sum()]] += 1
     return parts
 
 
-def _raise_smallest(sizes: Ints, minimum: int) -> Ints:
-    """Sizes of the same sum and at least `minimum`, what was missing taken from the largest, one at a time."""
-    raised = np.maximum(sizes, minimum)
-    largest = [(-size, k) for k, size in enumerate(raised.tolist())]
+def _fill_up(counts: Ints, minimum: int) -> Ints:
+    """Examples of each class and client [C, K], moved until every client has `minimum`; the largest clients give.
+
+    One example at a time goes from the client that is then the largest, out of its most frequent class.
+    """
+    counts = counts.copy()
+    sizes = counts.sum(axis=0)
+    largest = [(-size, k) for k, size in enumerate(sizes.tolist())]
     heapq.heapify(largest)
-    for _ in range(int(raised.sum() - sizes.sum())):  # at most K * minimum times, and that is at most N
-        size, k = largest[0]
-        raised[k] -= 1
-        heapq.heapreplace(largest, (size + 1, k))
-    return np.asarray(raised, np.int64)
+    for small in np.flatnonzero(sizes < minimum):
+        for _ in range(minimum - sizes[small]):  # its own entry stays too low: a giver always has more than `minimum`
+            size, k = largest[0]
+            label = counts[:, k].argmax()
+            counts[label, k] -= 1
+            counts[label, small] += 1
+            heapq.heapreplace(largest, (size + 1, k))
+    return counts
 
 
-def _fill_up(owners: Ints, num_clients: int, minimum: int, rng: np.random.Generator) -> Ints:
-    """Moves random examples of the largest clients to those with fewer than `minimum`; see `_raise_smallest`."""
-    sizes = np.bincount(owners, minlength=num_clients)
-    wanted = _raise_smallest(sizes, minimum)
-    order = rng.permutation(len(owners))
-    by_client = order[np.argsort(owners[order], kind="stable")]  # client after client, in random order within each
-    place = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of each of them within its client
-    moved = by_client[place >= np.repeat(wanted, sizes)]
-    filled = owners.copy()
-    filled[moved] = np.repeat(np.arange(num_clients), np.maximum(wanted - sizes, 0))
-    return filled
-
-
-def _deal(order: Ints, sizes: Ints) -> list[Ints]:
-    """Client k gets the next sizes[k] examples of `order`."""
-    owners = np.empty(len(order), np.int64)
-    owners[order] = np.repeat(np.arange(len(sizes)), sizes)
-    return _by_owner(owners, len(sizes))
+def _shuffled_owners(sizes: Ints, rng: np.random.Generator) -> Ints:
+    """The client of each example, client k for sizes[k] of them, at random; shape [sum of sizes]."""
+    return rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
 
 
 def _by_owner(owners: Ints, num_clients: int) -> list[Ints]:

@@ -23,6 +23,7 @@ from fedsim.metrics import ClientRecord, RoundRecord
 from fedsim.placement import Node, Plan, local_node, make_plan
 from fedsim.seeding import generator
 from fedsim.strategies import State, Strategy, weighted_mean
+from fedsim.training import numerics
 from fedsim.weights import Weights, cosine, l2_norm, read_only_tensor
 
 
@@ -57,7 +58,7 @@ def federated_averaging(x: Experiment, pool: Pool) -> Iterator[Round]:
         cohort = x.sampler(x.config.clients.count, x.cohort_size, generator("cohort", x.config.seed, round=round))
         with clock.part("fit_s"):
             results = pool.fit(round, weights, cohort.tolist())
-        with clock.part("aggregate_s"):
+        with clock.part("aggregate_s"), numerics(x.config.placement.threads):
             step = _aggregate(x, round, weights, state, results)
             weights, state = step.weights, step.state
         evaluation = None

@@ -96,7 +96,7 @@ find_python() { # sets python, version and home
     [ -z "$home" ] || seen="$seen<$version $home>"
     found="$found"$'\n'"  $path: ${version:+Python $version, }$problem"
   done <<<"$(candidates)"
-  fail 2 "fedsim needs a Python from 3.11 to 3.14, and found none that it can use. On the PATH: ${found:-no Python.}" \
+  fail 2 "fedsim needs a Python from 3.11 to 3.14, and found none that it can use. On the PATH:${found:- no Python.}" \
     "Install one (python.org, your package manager, or \`uv python install 3.13\`)," \
     "or name one that is not on the PATH: FEDSIM_PYTHON=/path/to/python $this"
 }
@@ -157,8 +157,8 @@ announce() { # what a whole installation costs, before it starts
     say "  Downloads about 0.3 GB (PyTorch, Ray) and takes some 1.5 GB of disk: a few minutes, once."
     warn_if_full "$root" 3 "this needs up to 3 while it installs"
   elif [ -n "${FEDSIM_PIP_ARGS:-}" ]; then
-    say "  Downloads up to 3.2 GB (PyTorch with CUDA, Ray) and takes up to 6.5 GB of disk, less with CPU-only" \
-      "PyTorch: 2 to 10 minutes, once."
+    say "  Downloads up to 3.2 GB (PyTorch with CUDA, Ray; less without CUDA) and takes up to 6.5 GB of disk:" \
+      "2 to 10 minutes, once."
     warn_if_full "$root" 3 "this needs 3 with CPU-only PyTorch, $needed with CUDA"
   else
     say "  Downloads about 3.2 GB (PyTorch with CUDA, Ray) and takes 6.5 GB of disk: 2 to 10 minutes, once."

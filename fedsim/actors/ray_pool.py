@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.exceptions import RayError, RayTaskError
 
 from fedsim import training
@@ -51,6 +54,7 @@ def connection(address: str, node: Node, store_bytes: int, *, debug: bool = Fals
     if is_connected():  # the caller's own Ray, left running
         yield _nodes()
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address == "local":
         with _private_ray_environment():
             ray.init(
@@ -63,17 +67,27 @@ def connection(address: str, node: Node, store_bytes: int, *, debug: bool = Fals
             )
     else:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=debug, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise PlanError(
                 f"no Ray answers at {address!r} ({reason}); start one with `ray start --head`, "
                 "or leave placement.address at local"
             ) from None
+    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # ray.init takes it, and its own way out is an abort
     try:
         yield _nodes()
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fails at once where nobody listens: `ray.init` would try for many minutes."""
+    found = services.canonicalize_bootstrap_address(address)  # resolves auto as `ray.init` does
+    host, _, port = found.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def is_connected() -> bool:

@@ -11,7 +11,6 @@ To add one: write a function (root) -> Dataset and give it a line in DATASETS.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from pathlib import Path
 
 import platformdirs
 
+from fedsim.config.tables import lookup
 from fedsim.datasets import idx, mnist, synthetic
 from fedsim.datasets.dataset import Dataset
-from fedsim.errors import ConfigError
 
 __all__ = ["DATASETS", "FILES", "Dataset", "DatasetStatus", "cache_dir", "fetch", "load", "status"]
 
@@ -56,8 +55,7 @@ def load(name: str, root: Path | None = None) -> Dataset:
         ConfigError: if no data set has this name.
         DataError: if a file is damaged, or cannot be fetched, read or written.
     """
-    _check_name(name)
-    return DATASETS[name](cache_dir() if root is None else root)
+    return lookup(DATASETS, name, "data.dataset")(cache_dir() if root is None else root)
 
 
 def fetch(name: str, root: Path | None = None) -> Path:
@@ -70,7 +68,7 @@ def fetch(name: str, root: Path | None = None) -> Path:
         ConfigError: if no data set has this name.
         DataError: if a file is damaged, or cannot be fetched or written.
     """
-    _check_name(name)
+    lookup(DATASETS, name, "data.dataset")
     root = cache_dir() if root is None else root
     return idx.fetch(FILES[name], root) if name in FILES else root
 
@@ -86,13 +84,6 @@ def status(root: Path | None = None) -> list[DatasetStatus]:
         else:
             entries.append(DatasetStatus(name, None, "in memory", 0))
     return entries
-
-
-def _check_name(name: str) -> None:
-    if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"data.dataset: {name!r} is not known; the data sets are {', '.join(DATASETS)}.{hint}")
 
 
 # Those of the sets below that are files in the cache.
