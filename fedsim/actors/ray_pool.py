@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -28,10 +29,12 @@ from fedsim.client import (
     total,
 )
 from fedsim.datasets import Dataset
-from fedsim.errors import PlanError, RunFailedError
+from fedsim.errors import FedsimError, PlanError, RunFailedError
 from fedsim.partition import Partition
 from fedsim.placement import Node, Plan
 from fedsim.weights import Weights
+
+_ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextlib.contextmanager
@@ -118,13 +121,14 @@ def _nodes() -> tuple[Node, ...]:
 
 
 class _HostActor:
-    """A `ClientHost` inside a Ray actor, on the device Ray gave it."""
+    """A `ClientHost` inside a Ray actor, on the device Ray gave it.
 
-    def __init__(self, spec: ClientSpec, num_gpus: float) -> None:
+    It has no constructor: what goes wrong in one looks like a dead actor, in a method like the bug that it is.
+    """
+
+    def load(self, spec: ClientSpec, num_gpus: float, dataset: Dataset, partition: Partition) -> HostInfo:
         training.set_numerics(spec.threads)
         self.host = ClientHost(spec, _assigned_device(num_gpus))
-
-    def load(self, dataset: Dataset, partition: Partition) -> HostInfo:
         return self.host.load(dataset, partition)
 
     def fit(self, arrays: tuple[Any, Any], tasks: list[FitTask]) -> list[ClientUpdate]:
@@ -170,15 +174,15 @@ class RayPool:
     """
 
     def __init__(self, plan: Plan, spec: ClientSpec, dataset: Dataset, partition: Partition, max_retries: int) -> None:
-        self._plan, self._spec, self._max_retries = plan, spec, max_retries
+        self._plan, self._max_retries = plan, max_retries
         self._chunks = evaluation_chunks(dataset)
         self._num_examples = partition.num_examples
         self._weights: tuple[Weights, ray.ObjectRef] | None = None
         self._actors: list[Any] = []
         try:
             self._actors = [self._start() for _ in range(plan.num_actors)]
-            self._data = (ray.put(dataset), ray.put(partition))
-            answers = self._gather([_Call(actor, "load", self._data) for actor in range(plan.num_actors)])
+            self._load_arguments = (ray.put(spec), plan.num_gpus, ray.put(dataset), ray.put(partition))
+            answers = self._gather([_Call(actor, "load", self._load_arguments) for actor in range(plan.num_actors)])
             self.info = _common_info([cast(HostInfo, answer) for _, answer in answers])
         except BaseException:
             self.close()
@@ -219,7 +223,7 @@ class RayPool:
 
     def _start(self) -> Any:
         options = {"num_cpus": self._plan.num_cpus, "num_gpus": self._plan.num_gpus, "max_restarts": 0}
-        return ray.remote(**options)(_HostActor).remote(self._spec, self._plan.num_gpus)
+        return ray.remote(**options)(_HostActor).remote()
 
     def _put(self, weights: Weights) -> ray.ObjectRef:
         """Puts the weights once; the evaluation of a round and the next round's training share them."""
@@ -249,25 +253,23 @@ class RayPool:
             try:
                 answers.append((call, ray.get(ready[0])))
             except RayTaskError as error:  # the code in the actor raised: a bug, never retried
-                raise error.cause from None
+                raise _own_error(error) from None
             except RayError as error:  # the actor, its worker or its node died
                 if call.attempt > self._max_retries:
                     raise RunFailedError(_exhausted(call, error)) from error
-                again = _Call(call.actor, call.method, call.arguments, call.attempt + 1)
-                if call.method != "load":
-                    self._restart(call.actor)
-                else:
-                    self._actors[call.actor] = self._start()
+                self._restart(call.actor, load=call.method != "load")
+                again = replace(call, attempt=call.attempt + 1)
                 pending[self._submit(again)] = again
         return answers
 
     def _submit(self, call: _Call) -> ray.ObjectRef:
         return getattr(self._actors[call.actor], call.method).remote(*call.arguments)
 
-    def _restart(self, actor: int) -> None:
+    def _restart(self, actor: int, *, load: bool) -> None:
         ray.kill(self._actors[actor])
         self._actors[actor] = self._start()
-        self._submit(_Call(actor, "load", self._data))  # calls to one actor are answered in order: no need to wait
+        if load:  # calls to one actor are answered in order: no need to wait
+            self._submit(_Call(actor, "load", self._load_arguments))
 
 
 def _common_info(infos: list[HostInfo]) -> PoolInfo:
@@ -280,8 +282,15 @@ def _common_info(infos: list[HostInfo]) -> PoolInfo:
     return PoolInfo(infos[0].device, infos[0].fingerprint)
 
 
+def _own_error(error: RayTaskError) -> FedsimError:
+    """The error that the code in the actor raised, as the driver raises it."""
+    if isinstance(error.cause, FedsimError):
+        return error.cause
+    return RunFailedError(f"an actor failed:\n{_ANSI_COLOR.sub('', str(error))}")
+
+
 def _exhausted(call: _Call, error: RayError) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = _ANSI_COLOR.sub("", str(error)).strip().splitlines()[0]
     if call.method == "fit":
         clients = ", ".join(str(task.client_id) for task in call.arguments[1])
         what = f"client {clients} in round {call.arguments[1][0].round}"

@@ -1,0 +1,30 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Ray's own default for new clusters; said here so that a test process that starts several agrees with itself.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+@pytest.fixture(scope="module")
+def shared_ray():
+    """One Ray for the tests of a module: fedsim uses it and leaves it running. Every test gives its CPUs back."""
+    import ray
+
+    from fedsim.actors.ray_pool import _private_ray_environment
+
+    with _private_ray_environment():
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=500_000_000,
+            logging_level="ERROR",
+        )
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,264 @@
+"""The Ray pool, with a real Ray: bits, processes, failures, and what a private Ray shows to the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+import fedsim
+from fedsim.actors import ray_pool
+from fedsim.errors import ClientError, PlanError, RunFailedError
+from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
+from fedsim.placement import Node
+
+pytestmark = pytest.mark.ray
+
+TINY = fedsim.Config().override(
+    {
+        "data.dataset": "synthetic",
+        "data.partition.name": "quantity",  # unequal shards, short last batches
+        "clients.count": 4,
+        "clients.per_round": 3,
+        "rounds": 3,
+        "training.local_epochs": 1,
+        "training.momentum": 0.5,
+    }
+)
+
+
+def results_of(run):
+    """The columns that must be equal between equal runs."""
+    frames = []
+    for frame, schema in ((run.rounds, ROUND_SCHEMA), (run.clients, CLIENT_SCHEMA)):
+        names = [field.name for field in schema if field.metadata[b"kind"] == b"result" and field.name != "run"]
+        frames.append(frame[names].to_dict("list"))
+    return repr(frames)  # repr: NaN equals itself, floats to the last bit
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return fedsim.run(TINY.override({"placement.mode": "serial"}), results=None)
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"placement.mode": "actor-per-client"},
+        {"placement.mode": "packed", "placement.actors": 1},
+        {"placement.mode": "packed", "placement.actors": 2},
+        {"placement.mode": "packed", "placement.actors": 3},
+    ],
+    ids=lambda placement: f"{placement['placement.mode']}-{placement.get('placement.actors', '')}",
+)
+def test_same_results_as_serial_to_the_bit(shared_ray, reference, placement):
+    run = fedsim.run(TINY.override(placement), results=None)
+    assert results_of(run) == results_of(reference)
+    assert run.rounds["weights_sha256"].nunique() == 4  # and the weights did move
+
+
+def test_each_client_has_its_own_process_and_is_pinned_to_its_share(shared_ray, tmp_path):
+    config = TINY.override(
+        {"placement.mode": "actor-per-client", "placement.num_cpus": 0.25, "clients.per_round": "all", "rounds": 2}
+    )
+    wait_until(lambda: shared_ray.available_resources().get("CPU") == 4)
+    for record in fedsim.rounds(config):
+        if record.round == 2:
+            pids = {client.client_id: client.pid for client in record.clients}
+            assert all(psutil.pid_exists(pid) for pid in pids.values())
+            wait_until(lambda: shared_ray.available_resources().get("CPU") == 3)  # 4 clients of a quarter
+    assert len(set(pids.values())) == 4
+    assert os.getpid() not in pids.values()
+    wait_until(lambda: shared_ray.available_resources().get("CPU") == 4)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids.values()))
+
+
+def test_weights_are_put_once_a_round_and_the_data_once(shared_ray, monkeypatch):
+    puts = []
+    put = shared_ray.put
+    monkeypatch.setattr(ray_pool.ray, "put", lambda value: puts.append(type(value).__name__) or put(value))
+    fedsim.run(TINY.override({"placement.mode": "packed", "placement.actors": 2}), results=None)
+    assert sorted(puts) == [
+        "ClientSpec",
+        "Dataset",
+        "Partition",
+        "tuple",
+        "tuple",
+        "tuple",
+        "tuple",
+    ]  # weights of rounds 0 to 3
+
+
+def test_a_killed_actor_is_replaced_and_nothing_changes(shared_ray, reference, tmp_path):
+    config = TINY.override({"placement.mode": "packed", "placement.actors": 2})
+    with fedsim.recording.Recording(config, results=tmp_path) as recording:
+        for record in recording:
+            if record.round in (1, 2):
+                os.kill(record.clients[0].pid, signal.SIGKILL)
+    run = recording.run
+    assert results_of(run) == results_of(reference)
+    assert run.rounds["num_retries"].sum() > 0
+    assert run.clients["attempts"].max() == 2
+    assert run.clients["pid"].nunique() >= 3
+
+
+def test_exhausted_retries_stop_the_run_with_client_and_round(shared_ray, tmp_path):
+    driver = os.getpid()
+
+    def exits_in_actors():  # nested, so that it travels by value: an actor cannot import a test file
+        module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+        module.register_forward_pre_hook(lambda *_: os._exit(1) if module.training and os.getpid() != driver else None)
+        return module
+
+    config = TINY.override({"placement.mode": "packed", "placement.actors": 1, "failures.max_retries": 1})
+    with pytest.raises(RunFailedError, match=r"client \d, \d, \d in round 1.*died 2 times.*failures\.max_retries"):
+        fedsim.run(config, results=tmp_path, name="dies", model=exits_in_actors)
+    run = fedsim.load_run(tmp_path / "dies")
+    assert run.status == "failed"
+    assert run.rounds["round"].tolist() == [0]
+
+
+@pytest.mark.parametrize("mode", ["actor-per-client", "packed"])
+def test_a_bug_in_a_model_comes_back_with_its_own_traceback(shared_ray, tmp_path, mode):
+    def raises_in_training():
+        module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+        def hook(*_):
+            if module.training:
+                raise ZeroDivisionError("the user's own mistake")
+
+        module.register_forward_pre_hook(hook)
+        return module
+
+    config = TINY.override({"placement.mode": mode})
+    with pytest.raises(ClientError, match="the user's own mistake") as caught:
+        fedsim.run(config, results=tmp_path, name="bug", model=raises_in_training)
+    assert caught.value.round == 1
+    assert f"client {caught.value.client_id} failed in round 1" in str(caught.value)
+    assert ", in hook" in caught.value.client_traceback
+    run = fedsim.load_run(tmp_path / "bug")
+    assert (run.status, run.rounds["round"].tolist()) == ("failed", [0])
+    assert "ZeroDivisionError" in run.info["error"]
+
+
+def test_a_model_that_actors_cannot_make_fails_at_once_with_the_reason(shared_ray):
+    driver = os.getpid()
+
+    def only_in_the_driver():
+        if os.getpid() != driver:
+            raise ModuleNotFoundError("No module named 'my_models'")
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+    with pytest.raises(RunFailedError, match="No module named 'my_models'"):
+        fedsim.run(TINY.override({"placement.mode": "packed"}), results=None, model=only_in_the_driver)
+
+
+def test_leaving_the_iteration_early_stops_the_actors_and_keeps_the_callers_ray(shared_ray):
+    rounds = fedsim.rounds(TINY.override({"placement.mode": "packed", "placement.actors": 2, "rounds": 1000}))
+    next(rounds)
+    pids = [client.pid for client in next(rounds).clients]
+    rounds.close()
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+    assert shared_ray.is_initialized()
+    wait_until(lambda: shared_ray.available_resources().get("CPU") == 4)
+
+
+def test_what_does_not_fit_is_refused_before_any_actor(shared_ray, monkeypatch):
+    monkeypatch.setattr(ray_pool, "RayPool", None)  # would fail with a TypeError if it came to that
+    config = TINY.override({"placement.mode": "actor-per-client", "placement.num_cpus": 2})
+    with pytest.raises(PlanError, match=r"4 actors of 2 CPU each need 8 CPUs, but there are 4; at most 1 each"):
+        fedsim.run(config, results=None)
+
+
+def test_device_comes_from_rays_ids_not_from_what_torch_sees(shared_ray, monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+
+    def context(ids):
+        return lambda: type("Context", (), {"get_accelerator_ids": staticmethod(lambda: ids)})
+
+    monkeypatch.setattr(ray_pool.ray, "get_runtime_context", context({"GPU": []}))
+    assert ray_pool._assigned_device(0.0) == "cpu"
+    monkeypatch.setattr(ray_pool.ray, "get_runtime_context", context({"GPU": ["1"]}))
+    assert ray_pool._assigned_device(0.25) == "cuda"
+    assert limits == [0.25]
+
+
+PRIVATE = """
+import json, os, psutil, sys
+import fedsim, ray
+before = dict(os.environ)
+listening = lambda: {(c.laddr.ip, c.pid) for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
+old = listening()
+seen, pids = set(), set()
+config = fedsim.preset("seed").override({"data.dataset": "synthetic", "training.local_epochs": 1})
+for record in fedsim.rounds(config):
+    seen |= listening() - old
+    pids |= {child.pid for child in psutil.Process().children(recursive=True)}
+after = {name: value for name, value in os.environ.items() if before.get(name) != value}
+gone = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)[1]
+print(json.dumps([sorted({ip for ip, _ in seen}), len(seen), ray.is_initialized(), len(pids), len(gone), after]))
+"""
+
+
+def test_a_private_ray_listens_on_loopback_only_and_leaves_nothing_behind():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    answer = subprocess.run(
+        [sys.executable, "-c", PRIVATE], capture_output=True, text=True, timeout=120, env=environment, check=True
+    )
+    ips, num_ports, is_initialized, num_processes, num_left, changed = json.loads(answer.stdout)
+    assert num_ports >= 4  # the gcs server, the raylet, the workers
+    assert set(ips) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert not is_initialized
+    assert num_processes >= 4
+    assert num_left == 0
+    assert set(changed) <= {"RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}  # Ray's own
+
+
+def test_an_existing_cluster_is_joined_by_its_address(shared_ray, reference):
+    program = (
+        "import fedsim, sys, json; from fedsim.config import Config;"
+        "run = fedsim.run(Config.from_dict(json.loads(sys.argv[1])), results=None);"
+        "print(run.rounds['weights_sha256'].iloc[-1])"
+    )
+    address = shared_ray.get_runtime_context().gcs_address
+    config = TINY.override({"placement.mode": "packed", "placement.actors": 2, "placement.address": address})
+    answer = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(config.to_dict())],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"},  # it listens on loopback, which Ray else avoids
+    )
+    assert answer.stdout.strip() == reference.rounds["weights_sha256"].iloc[-1]
+    assert shared_ray.is_initialized()
+
+
+def test_unequal_fingerprints_are_refused():
+    from fedsim.client import HostInfo
+
+    infos = [HostInfo(1, "a", "cpu", "0123"), HostInfo(2, "b", "cpu", "4567")]
+    with pytest.raises(RunFailedError, match=r"a: 0123, b: 4567"):
+        ray_pool._common_info(infos)
+    assert ray_pool._common_info(infos[:1]).fingerprint == "0123"
+
+
+def test_nodes_of_this_ray(shared_ray):
+    with ray_pool.connection("local", Node(1, 0, 0), 0) as nodes:
+        assert [node.num_cpus for node in nodes] == [4]
+
+
+def wait_until(condition, timeout_s=30.0):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
