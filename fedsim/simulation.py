@@ -122,11 +122,11 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
     if x.config.placement.mode == "serial":
         yield plan(node)
         return
-    from fedsim.actors import ray_pool  # imports ray, which a serial run does without
+    from fedsim.actors import connection  # imports ray, which a serial run does without
 
-    if x.address == "local" and not ray_pool.is_connected():
+    if x.address == "local" and not connection.is_connected():
         plan(node)  # refuses what does not fit before a Ray is started
-    with ray_pool.connection(x.address, node, _store_bytes(x), debug=debug) as nodes:
+    with connection.connect(x.address, node, _store_bytes(x), debug=debug) as nodes:
         yield plan(*nodes)
 
 

@@ -15,7 +15,7 @@ def shared_ray():
     """One Ray for the tests of a module: fedsim uses it and leaves it running. Every test gives its CPUs back."""
     import ray
 
-    from fedsim.actors.ray_pool import _private_ray_environment
+    from fedsim.actors.connection import _private_ray_environment
 
     with _private_ray_environment():
         ray.init(

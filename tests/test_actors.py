@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fedsim
-from fedsim.actors import ray_pool
+from fedsim.actors import connection, ray_pool
 from fedsim.errors import ClientError, PlanError, RunFailedError
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
 from fedsim.placement import Node
@@ -253,7 +253,7 @@ def test_unequal_fingerprints_are_refused():
 
 
 def test_nodes_of_this_ray(shared_ray):
-    with ray_pool.connection("local", Node(1, 0, 0), 0) as nodes:
+    with connection.connect("local", Node(1, 0, 0), 0) as nodes:
         assert [node.num_cpus for node in nodes] == [4]
 
 
