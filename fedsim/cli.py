@@ -95,24 +95,21 @@ def plan(
     experiment_name: ExperimentArgument = "mnist",
     changes: SetOption = None,
     address: AddressOption = None,
-    debug: DebugOption = False,
+    debug: DebugOption = False,  # read by `main`
 ) -> None:
     """Says what `run` would do, and refuses what does not fit; trains nothing."""
     from fedsim.experiment import prepare
-    from fedsim.simulation import connect
+    from fedsim.launch import preview
 
-    prepared = prepare(_configuration(experiment_name, changes, address))
-    with connect(prepared, debug=debug) as made:
-        sizes = prepared.partition.num_examples
-        rows = {
-            "data": f"{prepared.dataset.name}: {len(prepared.dataset.train_labels):,} training examples, "
-            f"{sizes.min():,} to {sizes.max():,} a client",
-            "model": f"{prepared.config.model.name}: {prepared.layout.num_values:,} values, "
-            f"{prepared.model_bytes / 1e6:.1f} MB",
-            "clients": f"{prepared.config.clients.count:,}, of which {prepared.cohort_size:,} in each of "
-            f"{_rounds(prepared.config.rounds)}",
-            **_plan_rows(made),
-        }
+    x = prepare(_configuration(experiment_name, changes, address))
+    sizes = x.partition.num_examples
+    rows = {
+        "data": f"{x.dataset.name}: {len(x.dataset.train_labels):,} training examples, "
+        f"{sizes.min():,} to {sizes.max():,} a client",
+        "model": f"{x.config.model.name}: {x.layout.num_values:,} values, {x.model_bytes / 1e6:.1f} MB",
+        "clients": f"{x.config.clients.count:,}, of which {x.cohort_size:,} in each of {_rounds(x.config.rounds)}",
+        **_plan_rows(preview(x)),
+    }
     table = Table(box=None, show_header=False)
     for key, value in rows.items():
         table.add_row(key, value)

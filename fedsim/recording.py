@@ -18,10 +18,11 @@ from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError
 from fedsim.experiment import Experiment, prepare
+from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
 from fedsim.placement import Plan
 from fedsim.results import Run, RunWriter, target
-from fedsim.simulation import Round, connect, federated_averaging, open_pool
+from fedsim.simulation import Round, federated_averaging
 from fedsim.strategies import Strategy
 
 

@@ -1,4 +1,4 @@
-"""The loop of federated averaging, as an iterator of rounds. `recording` is the same with a folder on disk."""
+"""The loop of federated averaging, as an iterator of rounds. `recording` goes through it with a folder on disk."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.actors import FitResult, Pool
-from fedsim.actors.serial import SerialPool
 from fedsim.client import Evaluation
 from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import RunFailedError
 from fedsim.experiment import Experiment, prepare
+from fedsim.launch import connect, open_pool
 from fedsim.metrics import ClientRecord, RoundRecord
-from fedsim.placement import Node, Plan, local_node, make_plan
 from fedsim.seeding import generator
 from fedsim.strategies import State, Strategy, weighted_mean
 from fedsim.training import numerics
@@ -99,54 +98,6 @@ def rounds(
     with connect(experiment) as plan, open_pool(experiment, plan) as pool:
         for round in federated_averaging(experiment, pool):
             yield round.record
-
-
-@contextlib.contextmanager
-def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
-    """Makes the plan of an experiment, with the Ray that it needs connected.
-
-    Raises:
-        PlanError: the clients do not fit, or no Ray answers at the address.
-    """
-
-    def plan(*nodes: Node) -> Plan:
-        return make_plan(
-            x.config.placement,
-            num_clients=x.config.clients.count,
-            cohort_size=x.cohort_size,
-            model_bytes=x.model_bytes,
-            nodes=nodes,
-        )
-
-    node = local_node()
-    if x.config.placement.mode == "serial":
-        yield plan(node)
-        return
-    from fedsim.actors import connection  # imports ray, which a serial run does without
-
-    if x.address == "local" and not connection.is_connected():
-        plan(node)  # refuses what does not fit before a Ray is started
-    with connection.connect(x.address, node, _store_bytes(x), debug=debug) as nodes:
-        yield plan(*nodes)
-
-
-@contextlib.contextmanager
-def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
-    """Starts the hosts of the clients, and stops them at the end."""
-    if plan.mode == "serial":
-        pool: Pool = SerialPool(x.spec, x.dataset, x.partition)
-    else:
-        from fedsim.actors.ray_pool import RayPool
-
-        pool = RayPool(plan, x.spec, x.dataset, x.partition, x.config.failures.max_retries)
-    with contextlib.closing(pool):
-        yield pool
-
-
-def _store_bytes(x: Experiment) -> int:
-    """What a private Ray's object store must hold: data, weights and a round's updates, twice over."""
-    images = x.dataset.train_images.nbytes + x.dataset.test_images.nbytes
-    return 2 * (images + x.partition.indices.nbytes + (x.cohort_size + 2) * x.model_bytes) + 100_000_000
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""The README says what is so: its tables, links, commands and Python are checked against the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fedsim
+from fedsim import cli, partition
+from fedsim.config import keys
+from fedsim.config.tables import arguments
+from fedsim.experiment import resolve
+from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS
+from fedsim.partition import PARTITIONERS
+from fedsim.strategies import STRATEGIES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def columns(table):
+    rows = ["| column | unit | meaning |", "| --- | --- | --- |"]
+    rows += [f"| `{c.name}`{chr(92) + '*' if c.is_observation else ''} | {c.unit} | {c.description} |" for c in table]
+    return "\n".join(rows)
+
+
+def configuration():
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    rows += [f"| `{key.name}` | `{json.dumps(key.default)}` | {key.description} |" for key in keys()]
+    return "\n".join(rows)
+
+
+@pytest.mark.parametrize(
+    "table", [columns(ROUND_COLUMNS), columns(CLIENT_COLUMNS), configuration()], ids=["rounds", "clients", "config"]
+)
+def test_tables_are_those_of_the_code(table):
+    assert table in README, f"the README's table should be:\n{table}"
+
+
+def test_every_tables_argument_is_named_with_its_default():
+    for table in (PARTITIONERS, STRATEGIES):
+        for name, function in table.items():
+            for argument, default in arguments(function, {}, name).items():
+                assert f"`{argument}` ({default})" in README, f"{name} takes {argument} = {default}"
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", README)
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_tour_names_every_module():
+    helpers = {"__init__", "__main__", "environment", "files", "py"}
+    modules = {
+        path.stem for path in (ROOT / "fedsim").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    missing = [name for name in modules - helpers if f"(fedsim/{name}" not in README]
+    assert missing == []
+
+
+def commands():
+    for language, block in BLOCKS:
+        if language == "sh":
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["fedsim"]:
+                    yield pytest.param(words[1:], id=" ".join(words))
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
+    """Each command is parsed, and its configuration resolved; what it runs has its own tests."""
+    seen = []
+
+    def stop(config, **options):
+        seen.append(resolve(config))
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text(fedsim.preset("mnist").to_toml())
+    monkeypatch.setattr("fedsim.recording.Recording", stop)
+    monkeypatch.setattr("fedsim.datasets.fetch", lambda name: seen.append(name))
+    monkeypatch.setattr("fedsim.experiment.prepare", stop)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == (130 if words[0] in ("run", "plan") else 0), capsys.readouterr().err
+    assert seen or words[0] not in ("run", "plan", "data")
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"data.dataset": "synthetic", "placement.mode": "serial", "clients.count": 20}
+    fedsim.run(fedsim.preset("mnist").override(small))
+    monkeypatch.setattr(fedsim, "preset", lambda name: fedsim.Config().override(small), raising=False)
+    override = fedsim.Config.override  # the blocks ask for Ray and more; the same blocks must run here in a second
+    monkeypatch.setattr(
+        fedsim.Config, "override", lambda self, changes: override(self, {**changes, "placement.mode": "serial"})
+    )
+    names = {}
+    blocks = [block for language, block in BLOCKS if language == "python"]
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["run"].name == "mnist"
+    assert names["run"].rounds["test_accuracy"].notna().all()
+
+    monkeypatch.setitem(PARTITIONERS, "by_label", names["by_label"])
+    labels = np.arange(1000) % 10
+    shards = partition.PARTITIONERS["by_label"](labels, 5, np.random.default_rng(0), noise=0.1)
+    assert np.sort(np.concatenate(shards)).tolist() == list(range(1000))
+    assert arguments(names["by_label"], {}, "data.partition") == {"noise": 0.0}
