@@ -33,8 +33,9 @@ def save(folder: Path, round: int, tensors: dict[str, Tensor], state: dict[str, 
     """
     folder.mkdir(exist_ok=True)
     files = {f"{round:06d}.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
-    if state:
-        files[f"{round:06d}.server.safetensors"] = safetensors.torch.save(state)
+    if state:  # cloned: safetensors takes no tensors that share memory or are not contiguous
+        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+        files[f"{round:06d}.server.safetensors"] = safetensors.torch.save(own)
     for name, content in files.items():
         publish(folder / name, content)
     manifest = {
@@ -55,9 +56,10 @@ def prune(folder: Path, keep: int | Literal["all"]) -> None:
     """Removes all but the newest checkpoints: each one's manifest first, so that none is left half."""
     if keep == "all":
         return
-    for old in rounds(folder)[:-keep]:
-        for suffix in ("json", "server.safetensors", "safetensors"):
-            (folder / f"{old:06d}.{suffix}").unlink(missing_ok=True)
+    kept = {f"{round:06d}" for round in rounds(folder)[-keep:]}
+    old = [path for path in folder.glob("[0-9]*") if path.name.partition(".")[0] not in kept]
+    for path in sorted(old, key=lambda path: path.suffix != ".json"):
+        path.unlink(missing_ok=True)
 
 
 def load(folder: Path, round: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -69,13 +71,19 @@ def load(folder: Path, round: int) -> tuple[dict[str, Tensor], dict[str, Tensor]
     manifest_path = folder / f"{round:06d}.json"
     try:
         manifest: dict[str, Any] = json.loads(manifest_path.read_text())
-        contents = {name: (folder / Path(name).name).read_bytes() for name in manifest["files"]}
+        version, checksums = manifest["fedsim_checkpoint"], dict(manifest["files"])
+        contents = {name: (folder / Path(name).name).read_bytes() for name in checksums}
+        model = contents[f"{round:06d}.safetensors"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"the checkpoint {manifest_path} cannot be read: {error}") from None
+        raise RunFolderError(
+            f"the checkpoint {manifest_path} cannot be read: {type(error).__name__}: {error}"
+        ) from None
+    if version != VERSION:
+        raise RunFolderError(f"the checkpoint {manifest_path} is of version {version}, not {VERSION}; update fedsim")
     for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
+        if hashlib.sha256(content).hexdigest() != checksums[name]:
             raise RunFolderError(
                 f"the checkpoint file {folder / name} is damaged: its checksum is not the recorded one"
             )
     state = contents.get(f"{round:06d}.server.safetensors")
-    return safetensors.torch.load(contents[f"{round:06d}.safetensors"]), safetensors.torch.load(state) if state else {}
+    return safetensors.torch.load(model), safetensors.torch.load(state) if state else {}

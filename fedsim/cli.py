@@ -131,18 +131,23 @@ def presets(name: Annotated[str | None, typer.Argument(help="Prints this preset 
 @app.command()
 def runs(results: ResultsOption = Path("results")) -> None:
     """Lists the runs of a results folder, with their status and last accuracy."""
-    from fedsim.results import find_runs
+    from fedsim.results import find_runs, load_run
 
     table = Table("run", "status", "rounds", "test accuracy", "started", box=None)
-    for found in find_runs(results):
-        rounds = found.rounds
+    for folder in find_runs(results):
+        try:
+            found = load_run(folder)
+            rounds, info = found.rounds, found.info
+        except (FedsimError, OSError, ValueError) as error:  # one damaged run must not hide the others
+            table.add_row(folder.name, f"unreadable: {str(error).splitlines()[0]}")
+            continue
         accuracy = rounds["test_accuracy"].dropna()
         table.add_row(
             found.name,
-            found.status,
+            info["status"],
             f"{max(0, len(rounds) - 1)}/{found.config.rounds}",
             f"{accuracy.iloc[-1]:.4f}" if len(accuracy) else "",
-            str(found.info["started_at"]),
+            info["started_at"],
         )
     console.print(table if table.row_count else f"no runs in {results}")
 

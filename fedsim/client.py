@@ -6,6 +6,7 @@ holds one: the same code, hence the same bits.
 
 from __future__ import annotations
 
+import copy
 import operator
 import os
 import platform
@@ -109,8 +110,8 @@ class ClientHost:
     def __init__(self, spec: ClientSpec, device: str = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
-        self.module = models.build(spec.model, spec.input_shape, spec.num_classes, spec.seed).to(self.device)
-        self.layout = Layout.of(self.module)
+        self._pristine = models.build(spec.model, spec.input_shape, spec.num_classes, spec.seed).to(self.device)
+        self.layout = Layout.of(self._pristine)
 
     def load(self, dataset: Dataset, partition: Partition) -> HostInfo:
         """Takes the data set; arrays are read in place, never written.
@@ -138,8 +139,8 @@ class ClientHost:
             ClientError: the model raised.
         """
         try:
-            self.layout.load(self.module, global_weights)
-            return [Evaluation(*training.evaluate(self.module, self.test_set, *chunk)) for chunk in chunks]
+            module = self._module(global_weights)
+            return [Evaluation(*training.evaluate(module, self.test_set, *chunk)) for chunk in chunks]
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
             raise ClientError(round, -1, traceback.format_exc()) from None
 
@@ -153,9 +154,9 @@ class ClientHost:
                 torch.default_generator.manual_seed(seed)
                 if cuda:
                     torch.cuda.manual_seed(seed)
-                self.layout.load(self.module, global_weights)
+                module = self._module(global_weights)
                 num_steps, train_loss = training.local_sgd(
-                    self.module,
+                    module,
                     self.train_set,
                     self._epochs(shard, task),
                     batch_size=self.spec.training.batch_size,
@@ -163,7 +164,7 @@ class ClientHost:
                     momentum=self.spec.training.momentum,
                     weight_decay=self.spec.training.weight_decay,
                 )
-                local = self.layout.flatten(self.module)
+                local = self.layout.flatten(module)
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
             raise ClientError(task.round, task.client_id, traceback.format_exc()) from None
         update = local.flat.sub_(global_weights.flat)
@@ -183,6 +184,12 @@ class ClientHost:
             pid=os.getpid(),
             node=platform.node(),
         )
+
+    def _module(self, global_weights: Weights) -> nn.Module:
+        """A model with the global weights. Always a new one: no client finds what another left in a module."""
+        module = copy.deepcopy(self._pristine)
+        self.layout.load(module, global_weights)
+        return module
 
     def _epochs(self, shard: np.ndarray, task: FitTask) -> Iterator[Tensor]:
         """For each local epoch a fresh permutation of the shard."""

@@ -15,6 +15,7 @@ from fedsim.config import Config
 from fedsim.config.tables import arguments, lookup
 from fedsim.datasets import Dataset
 from fedsim.errors import ConfigError
+from fedsim.numerics import numerics
 from fedsim.partition import PARTITIONERS, Partition
 from fedsim.sampling import SAMPLERS, Sampler
 from fedsim.seeding import generator
@@ -89,8 +90,10 @@ def prepare(
         generator("partition", config.seed),
         **config.data.partition.arguments,
     )
-    module = models.build(factory, data.input_shape, data.num_classes, config.seed)
-    layout = Layout.of(module)
+    with numerics(config.placement.threads):
+        module = models.build(factory, data.input_shape, data.num_classes, config.seed)
+        layout = Layout.of(module)
+        initial_weights = layout.flatten(module)
     return Experiment(
         config=config,
         dataset=data,
@@ -102,7 +105,7 @@ def prepare(
             config.training, config.seed, factory, data.input_shape, data.num_classes, config.placement.threads
         ),
         layout=layout,
-        initial_weights=layout.flatten(module),
+        initial_weights=initial_weights,
         own={name: _called(part) for name, part in own.items() if part is not None},
     )
 

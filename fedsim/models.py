@@ -69,8 +69,8 @@ def build(factory: Callable[..., nn.Module], input_shape: ImageShape, num_classe
     """Makes a model with PyTorch's default initialisation, drawn from the run's own stream.
 
     Args:
-        factory: an entry of `MODELS`, or a user's own: called with (input_shape, num_classes), or with nothing if it
-            takes nothing.
+        factory: an entry of `MODELS`, or a user's own: called with (input_shape, num_classes) if it has parameters of
+            these names, or cannot do without any; else with nothing.
         input_shape: C, H, W of an image.
         num_classes: length of the logits.
         seed: the run's seed.
@@ -89,8 +89,11 @@ def build(factory: Callable[..., nn.Module], input_shape: ImageShape, num_classe
 
 
 def _takes_arguments(factory: Callable[..., nn.Module]) -> bool:
+    signature = inspect.signature(factory)
+    if {"input_shape", "num_classes"} <= signature.parameters.keys():
+        return True
     try:
-        inspect.signature(factory).bind()
+        signature.bind()
     except TypeError:
         return True
     return False

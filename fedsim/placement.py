@@ -84,17 +84,24 @@ def make_plan(
 
     cpus = sum(node.num_cpus for node in nodes)
     free = sum(node.memory_bytes for node in nodes)
+    asked_cpus = 0.0 if placement.num_cpus == "auto" else placement.num_cpus
+    asked_gpus = 0.0 if placement.num_gpus == "auto" else placement.num_gpus
+    capacity = _capacity(asked_cpus, asked_gpus, nodes)  # actors of the asked size that fit
     reasons = []
 
     mode = placement.mode
-    if mode == "auto":
+    if mode == "auto" and placement.actors != "auto":
+        mode = "packed"
+        reasons.append(f"packed: {placement.actors} actors as asked for")
+    elif mode == "auto":
         start_s = _start_s(num_clients, cpus)
         needed = num_clients * ACTOR_BYTES + updates_bytes
-        fits = start_s <= START_BUDGET_S and needed <= free / 2
+        fits = start_s < START_BUDGET_S and needed <= free / 2 and num_clients <= capacity
         mode = "actor-per-client" if fits else "packed"
         reasons.append(
             f"{mode}: an actor for each of {num_clients} clients would start in about {start_s:.0f} s "
-            f"(auto allows {START_BUDGET_S:.0f} s) and take {_gb(needed)} (half of what is free: {_gb(free / 2)})"
+            f"(auto takes less than {START_BUDGET_S:.0f} s) and take {_gb(needed)} "
+            f"(half of what is free: {_gb(free / 2)})"
         )
     else:
         reasons.append(f"{mode}: as asked for")
@@ -107,36 +114,38 @@ def make_plan(
             )
         actors = num_clients
     elif placement.actors == "auto":
-        actors = max(1, min(int(cpus), cohort_size))
-        reasons.append(f"{actors} actors: one a core, and no more than the {cohort_size} clients of a round")
+        actors = max(1, min(int(cpus), cohort_size, capacity))
+        reasons.append(
+            f"{actors} actors: one a core, and no more than fit or than the {cohort_size} clients of a round"
+        )
     else:
         actors = min(placement.actors, num_clients)
         if actors < placement.actors:
             reasons.append(f"{actors} actors: no more than there are clients")
 
-    num_gpus = _gpu_share(placement, actors, nodes, reasons)
-    num_cpus = _cpu_share(placement, actors, num_gpus, nodes)
     memory = actors * ACTOR_BYTES + updates_bytes
     if memory > free:
         raise PlanError(
             f"{actors} actors need about {_gb(memory)} of memory ({_gb(ACTOR_BYTES)} each), but {_gb(free)} are free; "
             "set placement.mode=packed or fewer placement.actors"
         )
+    num_gpus = _gpu_share(placement, actors, nodes, reasons)
+    num_cpus = _cpu_share(placement, actors, num_gpus, nodes)
     start = _start_s(actors, cpus)
     return Plan(mode, actors, num_cpus, num_gpus, placement.threads, memory, start, tuple(reasons))
 
 
 def _gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...], reasons: list[str]) -> float:
-    gpus = sum(node.num_gpus for node in nodes)
+    gpus = int(sum(node.num_gpus for node in nodes))
+    share = _floor(1 / -(-actors // gpus)) if gpus else 0.0  # a share lies on one device
     if placement.num_gpus == "auto":
         if gpus:
-            share = _floor(min(1.0, gpus / actors))
             reasons.append(f"CPU only: {gpus:g} GPU found, not used unless asked for (placement.num_gpus={share:g})")
         return 0.0
     if _capacity(0, placement.num_gpus, nodes) < actors:
         raise PlanError(
             f"{actors} actors of {placement.num_gpus:g} GPU each do not fit {gpus:g} GPUs"
-            + (f"; at most {_floor(min(1.0, gpus / actors)):g} each" if gpus else "; set placement.num_gpus=0")
+            + (f"; at most {share:g} each" if gpus else "; set placement.num_gpus=0")
         )
     return placement.num_gpus
 

@@ -88,7 +88,8 @@ class Recording:
         strategy: Strategy | None = None,
         dataset: Dataset | None = None,
     ) -> None:
-        self.folder = target(Path(results), name, config.name, overwrite) if results is not None else None
+        self._target = partial(target, Path(results), name, config.name, overwrite) if results is not None else None
+        self.folder = self._target() if self._target else None
         self.name = self.folder.name if self.folder else name or config.name
         self.experiment = prepare(config, model=model, strategy=strategy, dataset=dataset)
         self._overwrite, self._debug = overwrite, debug
@@ -100,7 +101,9 @@ class Recording:
         x = self.experiment
         with contextlib.ExitStack() as stack:
             self.plan = stack.enter_context(connect(x, debug=self._debug))
-            if self.folder is not None:
+            if self._target:
+                self.folder = self._target()  # again: another run may have taken the name in the meantime
+                self.name = self.folder.name
                 writer = RunWriter(self.folder, x.config, _info(x, self.plan), overwrite=self._overwrite)
                 self._writer = stack.enter_context(writer)
             self._cleanup = stack.pop_all()

@@ -20,9 +20,9 @@ from fedsim.errors import RunFailedError
 from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import ClientRecord, RoundRecord
+from fedsim.numerics import numerics
 from fedsim.seeding import generator
 from fedsim.strategies import State, Strategy, weighted_mean
-from fedsim.training import numerics
 from fedsim.weights import Weights, cosine, l2_norm, read_only_tensor
 
 
@@ -46,8 +46,9 @@ def federated_averaging(x: Experiment, pool: Pool) -> Iterator[Round]:
         McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
         Algorithm 1. https://arxiv.org/abs/1602.05629
     """
-    weights, state = x.initial_weights, x.strategy.init(x.initial_weights.flat)
     clock = _Clock()
+    with numerics(x.config.placement.threads):
+        weights, state = x.initial_weights, x.strategy.init(x.initial_weights.flat)
     with clock.part("evaluate_s"):
         evaluation: Evaluation | None = pool.evaluate(0, weights)
     yield Round(_record(0, clock, weights, evaluation), weights, state)

@@ -6,11 +6,9 @@ C channels, H, W pixels.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +53,9 @@ def batches(examples: Examples, order: Tensor, batch_size: int, dtype: torch.dty
 
 
 def pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images as a model takes them: bytes become byte/255, floats stay as they are."""
-    return images.to(dtype).div_(255) if images.dtype == torch.uint8 else images.to(dtype)
+    """Images as a model takes them: bytes become byte/255, floats stay as they are. A copy: the model may write."""
+    copied = images.to(dtype, copy=True)
+    return copied.div_(255) if images.dtype == torch.uint8 else copied
 
 
 def local_sgd(
@@ -123,47 +122,12 @@ def evaluate(module: nn.Module, examples: Examples, start: int, stop: int) -> tu
         The sum of the losses in nats (float64), the number of correct predictions, the number of examples.
     """
     module.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         dtype = next(module.parameters()).dtype
         logits = module(pixels(examples.images[start:stop], dtype))
         labels = examples.labels[start:stop]
         loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
         return float(loss_sum), int((logits.argmax(1) == labels).sum()), stop - start
-
-
-@contextlib.contextmanager
-def numerics(threads: int) -> Iterator[None]:
-    """Sets everything in this process that could change a bit; puts the caller's settings back at the end."""
-    threads_before, dtype_before = torch.get_num_threads(), torch.get_default_dtype()
-    flushes_before = bool(torch.tensor(1e-310, dtype=torch.float64).mul(1) == 0)
-    precision_before = [backend.fp32_precision for backend in _reduced_precision_backends()]
-    cudnn_before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    try:
-        set_numerics(threads)
-        yield
-    finally:
-        torch.set_num_threads(threads_before)
-        torch.set_default_dtype(dtype_before)
-        torch.set_flush_denormal(flushes_before)
-        for backend, precision in zip(_reduced_precision_backends(), precision_before, strict=True):
-            backend.fp32_precision = precision
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn_before
-
-
-def set_numerics(threads: int) -> None:
-    """As `numerics`, for good: what an actor does when it starts."""
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-    torch.set_flush_denormal(False)
-    for backend in _reduced_precision_backends():
-        backend.fp32_precision = "ieee"
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-
-
-def _reduced_precision_backends() -> list[Any]:
-    """What may compute float32 in TF32 or bfloat16 unless told not to."""
-    backends: Any = torch.backends
-    return [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv, backends.mkldnn.matmul]
 
 
 def fingerprint(device: torch.device) -> str:
@@ -176,10 +140,11 @@ def fingerprint(device: torch.device) -> str:
     def drawn(*shape: int) -> Tensor:
         return torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)).to(device)
 
-    modules = [
-        nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)),
-        nn.Sequential(nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(392, 10)),
-    ]
+    with torch.random.fork_rng(devices=[]):  # the modules' own initialisation, replaced below, draws from it
+        modules = [
+            nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)),
+            nn.Sequential(nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(392, 10)),
+        ]
     digest = hashlib.sha256()
     for module in modules:
         module.to(device)

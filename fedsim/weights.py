@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,7 +78,10 @@ class Layout:
         buffers = [(name, b, False) for name, b in module.named_buffers() if name in persistent]
         tensors = parameters + buffers
         for name, tensor, _ in tensors:
-            if tensor.is_complex() or tensor.dtype in (torch.float16, torch.bfloat16):
+            if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+                raise ConfigError(f"the model's tensor {name} has no shape yet: use a layer that is not lazy")
+            is_float = tensor.is_floating_point() or tensor.is_complex()
+            if is_float and tensor.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(f"the model's tensor {name} is {tensor.dtype}; fedsim averages float32 models")
         dtypes = {t.dtype for _, t, _ in tensors if t.is_floating_point()}
         if len(dtypes) > 1:
@@ -96,10 +100,7 @@ class Layout:
 
     def flatten(self, module: nn.Module) -> Weights:
         """A copy of a module's values, on the CPU."""
-        tensors = module.state_dict()
-        flat = torch.cat([tensors[e.name].detach().cpu().reshape(-1) for e in self.floats])
-        integers = [tensors[e.name].detach().cpu().reshape(-1).to(torch.int64) for e in self.integers]
-        return Weights(flat, torch.cat(integers) if integers else torch.empty(0, dtype=torch.int64))
+        return self.of_named({name: tensor.detach().cpu() for name, tensor in module.state_dict().items()})
 
     def load(self, module: nn.Module, weights: Weights) -> None:
         """Copies the values into the module's own tensors, wherever they live."""
@@ -110,10 +111,18 @@ class Layout:
             for e in self.integers:
                 tensors[e.name].copy_(weights.integers[e.start : e.stop].view(e.shape))
 
+    def of_named(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """The inverse of `unflatten`."""
+        floats = [tensors[e.name].reshape(-1) for e in self.floats]
+        integers = [tensors[e.name].reshape(-1).to(torch.int64) for e in self.integers]
+        return Weights(torch.cat(floats), torch.cat(integers) if integers else torch.empty(0, dtype=torch.int64))
+
     def unflatten(self, weights: Weights) -> dict[str, Tensor]:
         """Name -> tensor of its own shape and type; a copy, as `nn.Module.load_state_dict` takes it."""
         floats = {e.name: weights.flat[e.start : e.stop].view(e.shape).clone() for e in self.floats}
-        integers = {e.name: weights.integers[e.start : e.stop].view(e.shape).to(e.dtype) for e in self.integers}
+        integers = {
+            e.name: weights.integers[e.start : e.stop].view(e.shape).to(e.dtype, copy=True) for e in self.integers
+        }
         return floats | integers
 
 
@@ -146,9 +155,9 @@ def l2_norm(vector: Tensor) -> float:
 
 
 def cosine(a: Tensor, b: Tensor) -> float | None:
-    """Cosine of the angle between two vectors [D], in [-1, 1]; None where one of them is zero."""
+    """Cosine of the angle between two vectors [D], in [-1, 1]; None where one of them is zero or not finite."""
     norms = l2_norm(a) * l2_norm(b)
-    return max(-1.0, min(1.0, _dot(a, b) / norms)) if norms > 0 else None
+    return max(-1.0, min(1.0, _dot(a, b) / norms)) if 0 < norms < math.inf else None
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -10,7 +10,6 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fedsim import training
 from fedsim.actors import FitResult, PoolInfo
 from fedsim.client import (
     ClientHost,
@@ -24,6 +23,7 @@ from fedsim.client import (
 )
 from fedsim.datasets import Dataset
 from fedsim.errors import FedsimError, RunFailedError
+from fedsim.numerics import set_numerics
 from fedsim.partition import Partition
 from fedsim.placement import Plan
 from fedsim.weights import Weights
@@ -38,7 +38,7 @@ class _HostActor:
     """
 
     def load(self, spec: ClientSpec, num_gpus: float, dataset: Dataset, partition: Partition) -> HostInfo:
-        training.set_numerics(spec.threads)
+        set_numerics(spec.threads)
         self.host = ClientHost(spec, _assigned_device(num_gpus))
         return self.host.load(dataset, partition)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsim import training
 from fedsim.actors import FitResult, PoolInfo
 from fedsim.client import ClientHost, ClientSpec, Evaluation, FitTask, evaluation_chunks, total
 from fedsim.datasets import Dataset
+from fedsim.numerics import numerics
 from fedsim.partition import Partition
 from fedsim.weights import Weights
 
@@ -18,20 +18,20 @@ class SerialPool:
     def __init__(self, spec: ClientSpec, dataset: Dataset, partition: Partition) -> None:
         self._threads = spec.threads
         self._chunks = evaluation_chunks(dataset)
-        with training.numerics(self._threads):
+        with numerics(self._threads):
             self._host = ClientHost(spec)
             info = self._host.load(dataset, partition)
         self.info = PoolInfo(info.device, info.fingerprint)
 
     def fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> list[FitResult]:
         """See `Pool.fit`."""
-        with training.numerics(self._threads):
+        with numerics(self._threads):
             updates = self._host.fit(weights, [FitTask(round, client_id) for client_id in sorted(cohort)])
         return [FitResult(update, actor=-1, attempts=1) for update in updates]
 
     def evaluate(self, round: int, weights: Weights) -> Evaluation:
         """See `Pool.evaluate`."""
-        with training.numerics(self._threads):
+        with numerics(self._threads):
             return total(self._host.evaluate(round, weights, self._chunks))
 
     def close(self) -> None:

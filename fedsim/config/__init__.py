@@ -6,6 +6,7 @@ A `Config` is a frozen tree that mirrors the TOML file. It names entries of tabl
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -232,7 +233,9 @@ class Config(_Section):
                 section = _descend(values, name)
                 for argument in choice.arguments:
                     del section[argument]
-        for key, value in changes.items():
+        for key, value in copy.deepcopy(dict(changes)).items():
+            if not isinstance(key, str) or not key.isprintable():
+                raise ConfigError(f"{key!r} is not a key; `fedsim run --help` lists them")
             parents, _, last = key.rpartition(".")
             section = _descend(values, parents)
             if not isinstance(section, dict):

@@ -21,7 +21,7 @@ def unknown_key(name: str, known: Sequence[str]) -> str:
     top = list(dict.fromkeys(key.partition(".")[0] for key in known))
     by_last = {key.rpartition(".")[2]: key for key in known}
     match = (
-        difflib.get_close_matches(name, [*known, *top], n=1, cutoff=0.8)
+        difflib.get_close_matches(name, known if section else [*known, *top], n=1, cutoff=0.8)
         or [f"{section}.{key}" for key in siblings if section and _abbreviates(key, last)]  # lr: learning_rate
         or [by_last[part] for part in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]  # in another section
     )
@@ -51,6 +51,9 @@ def explain(error: ValidationError, known: Sequence[str], prefix: str = "") -> s
             lines[name] = f"{name} is missing"
         elif finding["type"] == "value_error" and isinstance(finding["input"], dict):  # about a whole section
             lines[name] = f"{name}.{finding['ctx']['error']}"
+        elif finding["type"] in ("model_type", "model_attributes_type"):
+            example = next((key for key in known if key.startswith(f"{name}.")), "name")
+            lines[name] = f"{name} = {finding['input']!r}: is a section with keys of its own, such as {example}"
         else:
             reason = finding["msg"].removeprefix("Value error, ").removeprefix("Input ")
             given = f"{name} = {finding['input']!r}: "
@@ -60,4 +63,4 @@ def explain(error: ValidationError, known: Sequence[str], prefix: str = "") -> s
 
 def _abbreviates(short: str, long: str) -> bool:
     letters = iter(long)
-    return short[0] == long[0] and all(letter in letters for letter in short)
+    return short[:1] == long[:1] and all(letter in letters for letter in short)

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict, PydanticUserError, ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 
 from fedsim.config import messages
 from fedsim.errors import ConfigError
@@ -52,13 +52,13 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], key: str) 
             raise ConfigError(
                 f"{key}.{name} is not known; {function.__name__} takes: {known}{messages.closest(name, parameters)}"
             )
+    untyped = [name for name, p in parameters.items() if p.annotation is p.empty]
+    if untyped:
+        raise TypeError(f"{function.__name__}: its keyword-only parameters need type annotations: {', '.join(untyped)}")
     fields: dict[str, Any] = {
         name: (p.annotation, ... if p.default is p.empty else p.default) for name, p in parameters.items()
     }
-    try:
-        model = create_model(function.__name__, __config__={**STRICT, "arbitrary_types_allowed": True}, **fields)
-    except PydanticUserError as error:
-        raise TypeError(f"{function.__name__}: its keyword-only parameters need type annotations ({error})") from None
+    model = create_model(function.__name__, __config__=STRICT, **fields)
     try:
         return {name: getattr(model.model_validate(dict(given)), name) for name in parameters}
     except ValidationError as error:

@@ -19,6 +19,7 @@ from fedsim.config.tables import lookup
 from fedsim.errors import RunFolderError
 from fedsim.metrics import RoundRecord, table
 from fedsim.results.writer import RUN_VERSION, SCHEMAS, is_live, read_info
+from fedsim.weights import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +88,8 @@ class Run:
         if self._model is None:
             raise RunFolderError(f"{self.name} used its own model; give it: fedsim.load_run(path, model=make_model)")
         module = self._model()
-        module.load_state_dict(self.weights())
+        layout = Layout.of(module)  # not load_state_dict: tied weights have one name here and several there
+        layout.load(module, layout.of_named(self.weights()))
         return module
 
     def _frame(self, kind: str) -> pd.DataFrame:
@@ -140,9 +142,9 @@ class Runs(tuple[Run, ...]):
         return pd.concat([run.clients for run in self], ignore_index=True)
 
 
-def find_runs(results: Path) -> list[Run]:
-    """The runs of a results folder, by name; what is no run is skipped."""
-    return [load_run(folder) for folder in sorted(results.glob("*")) if read_info(folder) is not None]
+def find_runs(results: Path) -> list[Path]:
+    """The runs' folders in a results folder, by name; what is no run is skipped."""
+    return [folder for folder in sorted(results.glob("*")) if read_info(folder) is not None]
 
 
 def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:

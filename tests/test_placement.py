@@ -1,0 +1,364 @@
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim import placement
+from fedsim.config import PlacementConfig
+from fedsim.errors import PlanError
+from fedsim.placement import Node, Plan, local_node, make_plan
+
+GB = 10**9
+MLP = 50_890 * 4
+
+
+def machine(num_cpus: float = 4, num_gpus: float = 0, memory_gb: float = 64) -> Node:
+    return Node(num_cpus, num_gpus, int(memory_gb * GB))
+
+
+def planned(*nodes: Node, clients: int = 10, cohort: int | None = None, model_bytes: int = MLP, **asked: Any) -> Plan:
+    return make_plan(
+        PlacementConfig(**asked),
+        num_clients=clients,
+        cohort_size=clients if cohort is None else cohort,
+        model_bytes=model_bytes,
+        nodes=nodes or (machine(),),
+    )
+
+
+def refused(*nodes: Node, **asked: Any) -> str:
+    with pytest.raises(PlanError) as caught:
+        planned(*nodes, **asked)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert caught.value.exit_code == 2
+    return message
+
+
+# ---------------------------------------------------------------- auto
+
+
+@pytest.mark.parametrize(
+    ("clients", "node", "mode"),
+    [
+        (2, machine(2), "actor-per-client"),  # 4 s
+        (10, machine(8), "actor-per-client"),  # 5 s
+        (10, machine(2), "packed"),  # 20 s
+        (39, machine(16), "actor-per-client"),  # just below 10 s
+        (41, machine(16), "packed"),  # just above
+        (1000, machine(64, memory_gb=1000), "packed"),
+        (1000, machine(1000, memory_gb=1000), "actor-per-client"),
+        (10, machine(8, memory_gb=8), "actor-per-client"),  # 3.5 GB of 4
+        (10, machine(8, memory_gb=6.9), "packed"),  # 3.5 GB of 3.45
+        (1, machine(0.5), "actor-per-client"),
+    ],
+)
+def test_auto_gives_each_client_an_actor_while_start_and_memory_allow(clients, node, mode):
+    plan = planned(node, clients=clients)
+    assert plan.mode == mode
+    if mode == "actor-per-client":
+        assert plan.num_actors == clients
+    else:
+        assert plan.num_actors == min(int(node.num_cpus), clients)
+    assert plan.reasons[0].startswith(f"{mode}: an actor for each of {clients} clients would start in about ")
+
+
+def test_auto_counts_the_updates_of_a_round_as_memory():
+    """10 actors of 0.35 GB and 10 updates of 0.1 GB are 4.5 GB."""
+    assert planned(machine(8, memory_gb=9.1), model_bytes=GB // 10).mode == "actor-per-client"
+    assert planned(machine(8, memory_gb=8.9), model_bytes=GB // 10).mode == "packed"
+    assert planned(machine(8, memory_gb=8.9), model_bytes=GB // 10, cohort=1).mode == "actor-per-client"
+
+
+def test_auto_says_what_it_counted():
+    reason = planned(machine(2)).reasons[0]
+    assert reason == (
+        "packed: an actor for each of 10 clients would start in about 20 s (auto takes less than 10 s) "
+        "and take 3.5 GB (half of what is free: 32.0 GB)"
+    )
+
+
+def test_the_predictions_of_a_plan():
+    plan = planned(machine(4), mode="actor-per-client", model_bytes=GB)
+    assert plan.memory_bytes == 10 * placement.ACTOR_BYTES + 10 * GB
+    assert plan.start_s == 10 * placement.ACTOR_START_CORE_S / 4
+    assert planned(machine(16), mode="actor-per-client").start_s == placement.ACTOR_START_CORE_S
+
+
+# ---------------------------------------------------------------- modes
+
+
+def test_serial_has_no_actors_and_fits_everywhere():
+    plan = planned(machine(0, memory_gb=0), mode="serial", threads=3, num_cpus=64, clients=10**6)
+    assert (plan.mode, plan.num_actors, plan.num_cpus, plan.num_gpus, plan.threads) == ("serial", 0, 0.0, 0.0, 3)
+    assert plan.reasons == ("serial: as asked for, no Ray",)
+
+
+def test_actor_per_client_shares_the_machine_evenly():
+    plan = planned(machine(4), mode="actor-per-client")
+    assert (plan.mode, plan.num_actors, plan.num_cpus, plan.num_gpus) == ("actor-per-client", 10, 0.4, 0.0)
+    assert planned(machine(64), mode="actor-per-client").num_cpus == 1.0, "a core is enough for one thread"
+    assert plan.reasons == ("actor-per-client: as asked for",)
+
+
+def test_packed_has_an_actor_a_core_and_none_that_a_round_leaves_idle():
+    assert planned(machine(4), mode="packed", clients=100, cohort=10).num_actors == 4
+    assert planned(machine(16), mode="packed", clients=100, cohort=10).num_actors == 10
+    assert planned(machine(0.5), mode="packed").num_actors == 1
+    assert planned(machine(4.9), mode="packed").num_actors == 4
+    assert planned(machine(4), mode="packed", clients=100).num_cpus == 1.0
+
+
+def test_packed_with_a_number_of_actors():
+    plan = planned(machine(4), mode="packed", actors=6, clients=100, cohort=2)
+    assert (plan.num_actors, plan.num_cpus) == (6, 0.6666)
+    few = planned(machine(4), mode="packed", actors=50, clients=3)
+    assert few.num_actors == 3
+    assert "3 actors: no more than there are clients" in few.reasons
+
+
+def test_actor_per_client_takes_no_other_number_of_actors():
+    message = refused(mode="actor-per-client", actors=4)
+    assert "placement.actors = 4" in message
+    assert "needs 10" in message
+    assert "placement.mode=packed" in message
+    assert planned(mode="actor-per-client", actors=10).num_actors == 10
+
+
+def test_threads_are_handed_on():
+    assert [planned(mode=mode, threads=2).threads for mode in ("auto", "packed", "serial")] == [2, 2, 2]
+
+
+# ---------------------------------------------------------------- CPU shares
+
+
+def test_tenths_of_a_cpu_fit_ten_times():
+    """Though 10 * 0.1 is not 1 in binary for every way to add it."""
+    plan = planned(machine(1), mode="actor-per-client", num_cpus=0.1)
+    assert (plan.num_actors, plan.num_cpus) == (10, 0.1)
+    assert "11 actors of 0.1 CPU" in refused(machine(1), mode="actor-per-client", num_cpus=0.1, clients=11)
+
+
+@pytest.mark.parametrize("denominator", [1, 2, 3, 6, 7, 10, 49, 99, 1000, 9999, 10000])
+def test_auto_shares_of_one_cpu_are_as_large_as_ray_can_count(denominator):
+    plan = planned(machine(1, memory_gb=10**6), mode="actor-per-client", clients=denominator)
+    assert plan.num_cpus == (10_000 // denominator) / 10_000
+
+
+def test_the_smallest_share_is_a_ten_thousandth():
+    node = machine(1, memory_gb=10**6)
+    assert planned(node, mode="actor-per-client", num_cpus=0.0001, clients=10_000).num_actors == 10_000
+    assert "10001 actors" in refused(node, mode="actor-per-client", num_cpus=0.0001, clients=10_001)
+    message = refused(node, mode="actor-per-client", clients=10_001)
+    assert "10001 actors do not fit 1 CPUs" in message
+    assert "smallest share is 0.0001" in message
+
+
+def test_cpus_that_are_not_there_are_refused_with_the_numbers():
+    message = refused(machine(4), mode="actor-per-client", num_cpus=1)
+    assert message == "10 actors of 1 CPU each need 10 CPUs, but there are 4; at most 0.4 each"
+    assert planned(machine(4), mode="actor-per-client", num_cpus=0.4).num_cpus == 0.4
+    assert "at most 0.4 each" in refused(machine(4), mode="actor-per-client", num_cpus=0.4001)
+
+
+def test_cpus_are_counted_node_by_node():
+    """Two nodes of 1.5 CPUs are 3 CPUs, and yet have room for two actors of 1."""
+    halves = machine(1.5), machine(1.5)
+    assert planned(*halves, mode="packed", actors=2, num_cpus=1).num_actors == 2
+    message = refused(*halves, mode="packed", actors=3, num_cpus=1)
+    assert message == "3 actors of 1 CPU each need 3 CPUs, but there are 1.5 + 1.5; at most 0.75 each"
+    assert planned(*halves, mode="packed", actors=3).num_cpus == 0.75
+
+
+def test_auto_shares_on_unequal_nodes():
+    assert planned(machine(3), machine(1), mode="packed", actors=4).num_cpus == 1.0
+    assert planned(machine(2.5), machine(1), mode="packed", actors=4).num_cpus == 0.8333  # 3 + 1
+    assert planned(machine(1), machine(0.1), mode="packed", actors=2).num_cpus == 0.5  # 2 + 0
+
+
+# ---------------------------------------------------------------- GPU shares
+
+
+def test_gpus_are_not_used_unless_asked_for():
+    plan = planned(machine(4, num_gpus=1))
+    assert plan.num_gpus == 0.0
+    assert any("1 GPU found, not used unless asked for" in reason for reason in plan.reasons)
+    assert not any("GPU" in reason for reason in planned(machine(4)).reasons)
+    assert planned(machine(4, num_gpus=1), num_gpus=0).num_gpus == 0
+
+
+def test_a_gpu_share_lies_on_one_device():
+    """0.3 goes three times into a GPU; 0.4 four times into two, not five: the remainders do not add up."""
+    assert planned(machine(8, 1), mode="packed", actors=3, num_gpus=0.3).num_gpus == 0.3
+    assert "4 actors of 0.3 GPU each do not fit 1 GPUs" in refused(machine(8, 1), mode="packed", actors=4, num_gpus=0.3)
+    assert planned(machine(8, 2), mode="packed", actors=4, num_gpus=0.4).num_actors == 4
+    assert "5 actors of 0.4 GPU each do not fit 2 GPUs" in refused(machine(8, 2), mode="packed", actors=5, num_gpus=0.4)
+    assert planned(machine(8, 1), mode="packed", actors=10, num_gpus=0.1).num_actors == 10
+
+
+def test_whole_gpus():
+    assert planned(machine(8, 4), mode="packed", actors=2, num_gpus=2).num_gpus == 2
+    refused(machine(8, 4), mode="packed", actors=3, num_gpus=2)
+    refused(machine(8, 1), machine(8, 1), mode="packed", actors=1, num_gpus=2)
+
+
+def test_gpus_that_are_not_there():
+    message = refused(machine(4), mode="packed", actors=2, num_gpus=0.5)
+    assert message == "2 actors of 0.5 GPU each do not fit 0 GPUs; set placement.num_gpus=0"
+    assert "at most 0.5 each" in refused(machine(4, 1), mode="packed", actors=2, num_gpus=1)
+
+
+def test_cpu_and_gpu_have_to_be_on_the_same_node():
+    plan = planned(machine(1, 2), machine(7, 0), mode="packed", actors=2, num_gpus=1)
+    assert plan.num_cpus == 0.5, "both actors share the one CPU beside the GPUs"
+    message = refused(machine(1, 2), machine(7, 0), mode="packed", actors=2, num_gpus=1, num_cpus=1)
+    assert "at most 0.5 each" in message
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_memory_that_is_not_there():
+    message = refused(machine(64, memory_gb=3), mode="actor-per-client")
+    assert message == (
+        "10 actors need about 3.5 GB of memory (0.3 GB each), but 3.0 GB are free; "
+        "set placement.mode=packed or fewer placement.actors"
+    )
+    assert planned(machine(64, memory_gb=3.6), mode="actor-per-client").num_actors == 10
+    assert "2.4 GB of memory" in refused(machine(1, memory_gb=2), mode="packed", clients=2, model_bytes=GB)
+
+
+# ---------------------------------------------------------------- properties
+
+CPUS = st.integers(0, 16) | st.sampled_from([0.5, 1.5, 2.25, 0.1, 0.3333, 7.9999])
+NODES = st.lists(st.builds(machine, CPUS, st.integers(0, 4), st.sampled_from([1, 16, 1000])), min_size=1, max_size=4)
+SHARES = st.just("auto") | st.floats(0.0001, 1) | st.sampled_from([0.1, 0.3, 1 / 3, 0.5, 1, 2])
+ASKED = st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(["auto", "actor-per-client", "packed", "serial"]),
+        "actors": st.just("auto") | st.integers(1, 40),
+        "num_cpus": SHARES,
+        "num_gpus": st.just("auto") | SHARES | st.just(0),
+    }
+)
+
+
+def units(share: float) -> int:
+    """In Ray's ten-thousandths."""
+    return round(share * 10_000)
+
+
+def all_find_a_place(plan: Plan, nodes: list[Node]) -> bool:
+    """Places one actor after the other: CPUs of a node, and devices of the same node, as Ray does."""
+    cpu, gpu = units(plan.num_cpus), units(plan.num_gpus)
+    free = [[units(node.num_cpus), [10_000] * int(node.num_gpus)] for node in nodes]
+    for _ in range(plan.num_actors):
+        for node in free:
+            devices = [i for i, left in enumerate(node[1]) if left >= min(gpu, 10_000)]
+            wanted = 1 if 0 < gpu <= 10_000 else gpu // 10_000
+            if node[0] >= cpu and len(devices) >= wanted:
+                node[0] -= cpu
+                for i in devices[:wanted]:
+                    node[1][i] -= min(gpu, 10_000)
+                break
+        else:
+            return False
+    return True
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(NODES, ASKED, st.integers(1, 60), st.floats(0.01, 1), st.sampled_from([MLP, GB]))
+def test_whatever_is_planned_fits(nodes, asked, clients, fraction, model_bytes):
+    cohort = max(1, round(fraction * clients))
+
+    def answer() -> Plan | str:
+        try:
+            return planned(*nodes, clients=clients, cohort=cohort, model_bytes=model_bytes, **asked)
+        except PlanError as error:
+            return str(error)
+
+    plan = answer()
+    assert plan == answer(), "the same question gets the same plan"
+    if isinstance(plan, str):
+        assert plan
+        assert "\n" not in plan
+        return
+    assert all_find_a_place(plan, nodes)
+    if plan.mode == "serial":
+        assert (asked["mode"], plan.num_actors) == ("serial", 0)
+        return
+    assert 1 <= plan.num_actors <= clients
+    assert plan.mode == "packed" or plan.num_actors == clients
+    assert plan.mode == asked["mode"] or asked["mode"] == "auto"
+    assert plan.num_cpus >= 0.0001
+    assert plan.memory_bytes == plan.num_actors * placement.ACTOR_BYTES + cohort * model_bytes
+    assert plan.memory_bytes <= sum(node.memory_bytes for node in nodes)
+    assert plan.reasons
+    if asked["actors"] != "auto":
+        assert plan.num_actors == min(asked["actors"], clients)
+    for key in ("num_cpus", "num_gpus"):
+        if asked[key] != "auto":
+            assert getattr(plan, key) == asked[key]
+    if asked["num_cpus"] == "auto" and plan.num_cpus < 1:
+        larger = dataclasses.replace(plan, num_cpus=plan.num_cpus + 0.0001)
+        assert not all_find_a_place(larger, nodes), "an automatic share is the largest that fits"
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(NODES, ASKED, st.integers(1, 60))
+def test_what_is_refused_for_its_cpus_does_not_fit(nodes, asked, clients):
+    """The other direction: nobody is turned away who would have had a place."""
+    asked = {**asked, "mode": "actor-per-client", "actors": "auto", "num_gpus": 0}
+    rich = [dataclasses.replace(node, memory_bytes=10**15) for node in nodes]
+    try:
+        planned(*rich, clients=clients, **asked)
+        is_refused = False
+    except PlanError:
+        is_refused = True
+    share = 0.0001 if asked["num_cpus"] == "auto" else asked["num_cpus"]
+    wanted = Plan("actor-per-client", clients, share, 0.0, 1, 0, 0.0, ())
+    assert is_refused != all_find_a_place(wanted, nodes)
+
+
+def test_this_machine():
+    node = local_node()
+    assert node.num_cpus >= 1
+    assert node.num_gpus >= 0
+    assert node.memory_bytes > 0
+    assert planned(node, mode="packed", clients=1).num_actors == 1
+
+
+def test_the_advice_on_gpu_shares_fits():
+    with pytest.raises(PlanError) as caught:
+        planned(machine(8, 2), mode="packed", actors=3, num_gpus=1)
+    advice = float(str(caught.value).rpartition("at most ")[2].removesuffix(" each"))
+    assert planned(machine(8, 2), mode="packed", actors=3, num_gpus=advice).num_actors == 3
+
+
+def test_the_hint_on_unused_gpus_fits():
+    plan = planned(machine(8, 2), mode="packed", actors=3)
+    (hint,) = [reason for reason in plan.reasons if "GPU found" in reason]
+    advice = float(hint.rpartition("=")[2].removesuffix(")"))
+    assert planned(machine(8, 2), mode="packed", actors=3, num_gpus=advice).num_actors == 3
+
+
+def test_auto_takes_the_number_of_actors_on_any_machine():
+    assert planned(machine(2), actors=4).num_actors == 4
+    assert planned(machine(8), actors=4).num_actors == 4
+
+
+def test_auto_packs_what_does_not_fit_one_by_one():
+    assert planned(machine(8), mode="packed", num_cpus=1).num_actors == 8
+    assert planned(machine(8), mode="auto", num_cpus=1).num_actors == 8
+
+
+@pytest.mark.parametrize("asked", [{"num_cpus": 2}, {"num_gpus": 0.5}], ids=str)
+def test_an_automatic_number_of_actors_fits_the_share_asked_for(asked):
+    plan = planned(machine(8, 1), mode="packed", **asked)
+    assert plan.num_actors >= 1
+
+
+def test_start_up_of_exactly_the_budget_is_too_long():
+    assert planned(machine(2), clients=5).mode == "packed"
