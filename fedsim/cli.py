@@ -47,7 +47,7 @@ def _keys_help() -> str:
 
 
 ExperimentArgument = Annotated[
-    str, typer.Argument(metavar="[EXPERIMENT]", help=f"A preset ({', '.join(PRESETS)}) or a TOML file.")
+    str, typer.Argument(metavar="EXPERIMENT", help=f"A preset ({', '.join(PRESETS)}) or a TOML file.")
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key; can be repeated.")
