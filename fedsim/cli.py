@@ -38,7 +38,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Gets data sets, and shows what is cached.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # paths are printed as they are
 
 
 def _keys_help() -> str:
@@ -76,6 +76,8 @@ def run(
     recording = Recording(config, results=results, name=name, overwrite=overwrite, debug=debug)
     record: RoundRecord | None = None
     try:
+        if _interrupts:
+            raise KeyboardInterrupt
         with recording:
             for finished in recording if quiet else _with_progress(recording):
                 record = finished
@@ -87,7 +89,7 @@ def run(
     console.print(
         f"{recording.folder}: {accuracy} after {_rounds(record.round)} ({time.perf_counter() - started:.1f} s)"
     )
-    console.print(f"import pandas as pd; pd.read_parquet({f'{recording.folder}/rounds.parquet'!r})", markup=False)
+    console.print(f"import pandas as pd; pd.read_parquet({f'{recording.folder}/rounds.parquet'!r})")
 
 
 @app.command(epilog=_keys_help())
@@ -120,7 +122,7 @@ def plan(
 def presets(name: Annotated[str | None, typer.Argument(help="Prints this preset as TOML.")] = None) -> None:
     """Lists the presets, or prints one as TOML."""
     if name is not None:
-        console.print(preset(name).to_toml(), markup=False, end="")
+        console.print(preset(name).to_toml(), end="")
         return
     table = Table(box=None, show_header=False)
     for preset_name, (description, _) in PRESETS.items():
@@ -181,7 +183,8 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Prints the
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and exits with 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments, prog_name="fedsim")
@@ -191,7 +194,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(traceback.format_exc() if "--debug" in arguments else str(error), 1)
 
 
+_interrupts: list[int] = []  # signals so far: a library may swallow the exception while it is imported
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _interrupts.append(number)
     raise KeyboardInterrupt
 
 
@@ -206,7 +213,7 @@ def _configuration(name: str, changes: list[str] | None, address: str | None) ->
         key, equals, text = change.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {change}: write it as key=value, for example --set training.lr=0.05")
-        values[key.strip()] = _value(text)
+        values[key.strip()] = _value(text.strip())
     if address is not None:
         values["placement.address"] = address
     return experiment(name).override(values)

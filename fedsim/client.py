@@ -6,6 +6,7 @@ holds one: the same code, hence the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 import os
@@ -138,22 +139,21 @@ class ClientHost:
         Raises:
             ClientError: the model raised.
         """
+        evaluations = []
         try:
             module = self._module(global_weights)
-            return [Evaluation(*training.evaluate(module, self.test_set, *chunk)) for chunk in chunks]
+            for start, stop in chunks:
+                with self._torch_seeded(torch_seed("evaluation", self.spec.seed, round=round, client=start)):
+                    evaluations.append(Evaluation(*training.evaluate(module, self.test_set, start, stop)))
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
             raise ClientError(round, -1, traceback.format_exc()) from None
+        return evaluations
 
     def _fit_one(self, global_weights: Weights, task: FitTask) -> ClientUpdate:
         started = time.perf_counter()
         shard = self.partition.shard(task.client_id)
-        cuda = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=cuda):  # a model with dropout draws from its client's own stream
-                seed = torch_seed("model", self.spec.seed, round=task.round, client=task.client_id)
-                torch.default_generator.manual_seed(seed)
-                if cuda:
-                    torch.cuda.manual_seed(seed)
+            with self._torch_seeded(torch_seed("model", self.spec.seed, round=task.round, client=task.client_id)):
                 module = self._module(global_weights)
                 num_steps, train_loss = training.local_sgd(
                     module,
@@ -184,6 +184,15 @@ class ClientHost:
             pid=os.getpid(),
             node=platform.node(),
         )
+
+    @contextlib.contextmanager
+    def _torch_seeded(self, seed: int) -> Iterator[None]:
+        """Torch's own generators for what a model draws itself (dropout); the process gets back the ones it had."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.default_generator.manual_seed(seed)
+            if self.device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            yield
 
     def _module(self, global_weights: Weights) -> nn.Module:
         """A model with the global weights. Always a new one: no client finds what another left in a module."""

@@ -10,11 +10,19 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["init", "partition", "cohort", "shuffle", "dataset", "model"]
+Purpose = Literal["init", "partition", "cohort", "shuffle", "dataset", "model", "evaluation"]
 
-# Part of the results: a code is never changed or used again. "model" seeds torch's generator inside a client's
-# training (dropout), "init" seeds it while the model is built.
-_CODES: dict[Purpose, int] = {"init": 1, "partition": 2, "cohort": 3, "shuffle": 4, "dataset": 5, "model": 6}
+# Part of the results: a code is never changed or used again. Three seed torch's generator: "init" while the model is
+# built, "model" during a client's training (dropout), "evaluation" for a chunk of the test set.
+_CODES: dict[Purpose, int] = {
+    "init": 1,
+    "partition": 2,
+    "cohort": 3,
+    "shuffle": 4,
+    "dataset": 5,
+    "model": 6,
+    "evaluation": 7,
+}
 
 
 def _sequence(purpose: Purpose, seed: int, round: int, client: int, epoch: int) -> np.random.SeedSequence:

@@ -114,7 +114,9 @@ def test_exhausted_retries_stop_the_run_with_client_and_round(shared_ray, tmp_pa
 
     def exits_in_actors():  # nested, so that it travels by value: an actor cannot import a test file
         module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-        module.register_forward_pre_hook(lambda *_: os._exit(1) if module.training and os.getpid() != driver else None)
+        module.register_forward_pre_hook(
+            lambda self, _: os._exit(1) if self.training and os.getpid() != driver else None
+        )
         return module
 
     config = TINY.override({"placement.mode": "packed", "placement.actors": 1, "failures.max_retries": 1})
@@ -130,8 +132,8 @@ def test_a_bug_in_a_model_comes_back_with_its_own_traceback(shared_ray, tmp_path
     def raises_in_training():
         module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 
-        def hook(*_):
-            if module.training:
+        def hook(self, _):  # not the module around it: each fit has a copy of its own
+            if self.training:
                 raise ZeroDivisionError("the user's own mistake")
 
         module.register_forward_pre_hook(hook)

@@ -41,9 +41,10 @@ def workplace(tmp_path, monkeypatch):
     for name in ("RAY_ADDRESS", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "data"))
-    before, hook = signal.getsignal(signal.SIGTERM), sys.excepthook
+    handlers, hook = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}, sys.excepthook
     yield tmp_path
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     sys.excepthook = hook
 
 
@@ -65,14 +66,25 @@ def call(capsys):
     return call
 
 
-def start(*arguments, **more):
-    """Starts a command as the user does, with Ctrl-C as a terminal has it."""
-    command = [sys.executable, "-m", "fedsim", *arguments]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and hands that on
-    try:
-        return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more})
-    finally:
-        signal.signal(signal.SIGINT, before)
+@pytest.fixture
+def start():
+    """Starts a command as the user does, with Ctrl-C as a terminal has it; none outlives its test."""
+    processes = []
+
+    def start(*arguments, **more):
+        command = [sys.executable, "-m", "fedsim", *arguments]
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it, and hand that on
+        try:
+            process = subprocess.Popen(command, text=True, **more)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def listing(folder):
@@ -134,7 +146,6 @@ def test_the_outcome_can_be_read_wherever_it_is(call, results):
     assert eval_last(last)["round"].tolist() == [0]
 
 
-@pytest.mark.xfail(strict=True, reason="rich reads [..] in a path as markup, and :name: as an emoji")
 @pytest.mark.parametrize("results", ["a[b]c", ":cat:"])
 def test_a_path_is_printed_as_it_is(call, results):
     answer = call("run", *QUICK, *sets("rounds=0"), "--results", results, "--quiet")
@@ -198,12 +209,7 @@ def test_an_experiment_is_a_toml_file(call):
         ("model.name=2nn", "model", "2nn"),
         ("strategy.name=fedavgm", "strategy", "fedavgm"),
         ("training.lr = 0.5", "training", 0.5),
-        pytest.param(
-            "strategy.weighting = uniform",
-            "strategy",
-            "uniform",
-            marks=pytest.mark.xfail(strict=True, reason="the space after = is taken into a string without quotes"),
-        ),
+        ("strategy.weighting = uniform", "strategy", "uniform"),
         ("placement.address=a=b", "placement", "a=b"),
         ("placement.address=10.0.0.1:6379", "placement", "10.0.0.1:6379"),
         ("checkpoint.keep=all", "checkpoint", "all"),
@@ -426,18 +432,16 @@ def test_an_error_while_writing_fails_the_run_in_a_line(call, monkeypatch):
     assert "No space left on device" in answer.err
 
 
-def test_ctrl_c_and_sigterm_end_a_run_within_seconds(workplace):
+def test_ctrl_c_and_sigterm_end_a_run_within_seconds(start):
     """Both at once: most of the time goes into loading torch."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers, pipes = (signal.SIGINT, signal.SIGTERM), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     arguments = [*QUICK, *sets("rounds=1000000")]
-    started = [(number, start("run", *arguments, "--name", number.name)) for number in numbers]
+    started = [(number, start("run", *arguments, "--name", number.name, **pipes)) for number in numbers]
     for number, process in started:
-        with process:
-            lines = iter(process.stdout.readline, "")
-            assert any(line.startswith("round 2/1000000") for line in lines)
-            sent = time.monotonic()
-            process.send_signal(number)
-            out, err = process.communicate(timeout=20)
+        assert any(line.startswith("round 2/1000000") for line in iter(process.stdout.readline, ""))
+        sent = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
         assert time.monotonic() - sent < 10
         assert process.returncode == 130
         assert "Traceback" not in out + err
@@ -451,7 +455,6 @@ def test_ctrl_c_and_sigterm_end_a_run_within_seconds(workplace):
         assert not list(stopped.path.rglob("*.tmp"))
 
 
-@pytest.mark.xfail(strict=True, reason="torch swallows a KeyboardInterrupt while it is loaded; the run goes on")
 def test_an_interrupt_that_an_import_swallows_still_ends_the_command():
     code = """
 import signal, sys
@@ -475,18 +478,33 @@ main(sys.argv[1:])
     assert not Path("results").exists()
 
 
-def test_a_terminal_shows_a_bar():
+@pytest.mark.xfail(strict=True, reason="signals that were swallowed are looked at once, before the run begins")
+def test_an_interrupt_that_is_swallowed_later_ends_the_run_after_its_round(call, monkeypatch):
+    class Deaf:
+        """As code that catches everything: ray while it is imported, a finalizer, a bare except."""
+
+        def __init__(self):
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("fedsim.client.Evaluation.__add__", None)  # not reached: a test set of one chunk
+    evaluate = models.build
+    assert evaluate
+    answer = call("run", *QUICK, *sets("rounds=3"))
+    assert answer.code == 130
+
+
+def test_a_terminal_shows_a_bar(start):
     main_end, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (40, 160))
-    environment = {**os.environ, "TERM": "xterm"}
-    arguments = [*QUICK, *sets("rounds=3")]
-    with start("run", *arguments, stdin=terminal, stdout=terminal, stderr=terminal, env=environment) as process:
-        os.close(terminal)
-        shown = b""
-        while chunk := read_terminal(main_end):
-            shown += chunk
-        assert process.wait(timeout=30) == 0
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    process = start("run", *QUICK, *sets("rounds=3"), **streams, env={**os.environ, "TERM": "xterm"})
+    os.close(terminal)
+    shown = b""
+    while chunk := read_terminal(main_end):
+        shown += chunk
     os.close(main_end)
+    assert process.wait(timeout=30) == 0
     text = shown.decode()
     assert "\x1b[" in text  # it moves the cursor
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
@@ -638,13 +656,7 @@ def test_runs_lists_them_with_status_rounds_and_accuracy(call, monkeypatch):
     ]
 
 
-BARE_RUN_JSON = pytest.param(
-    "run.json without its entries",
-    marks=pytest.mark.xfail(strict=True, raises=KeyError, reason="load_run takes its entries for granted"),
-)
-
-
-@pytest.mark.parametrize("damage", ["no config.toml", "cut config.toml", "no rounds.parquet", "newer", BARE_RUN_JSON])
+@pytest.mark.parametrize("damage", ["no config.toml", "cut config.toml", "no rounds.parquet", "newer", "bare run.json"])
 def test_a_damaged_run_hides_no_other(call, damage):
     for name in ("bad", "good"):
         assert call("run", *QUICK, *sets("rounds=0"), "--name", name).code == 0

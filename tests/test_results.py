@@ -145,7 +145,6 @@ def test_names_that_are_refused(tmp_path, name, overwrite):
         target(tmp_path, name, "b", overwrite)
 
 
-@pytest.mark.xfail(strict=True, reason="the number is put behind a name that may have 100 characters already")
 def test_a_numbered_name_is_a_name_too(tmp_path):
     (tmp_path / ("x" * 100)).mkdir()
     assert RUN_NAME.fullmatch(target(tmp_path, None, "x" * 100, overwrite=False).name)
@@ -420,7 +419,7 @@ def test_the_rounds_can_be_read_at_any_moment(tmp_path, every_round, monkeypatch
     assert not list(folder.rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize(("round_s", "num_waiting"), [(0.1, 9), (0.45, 2), (1.5, 0), (30.0, 0)])
+@pytest.mark.parametrize(("round_s", "num_waiting"), [(0.1, 9), (0.45, 1), (0.6, 0), (1.5, 0), (30.0, 0)])
 def test_no_row_waits_for_more_than_a_second(tmp_path, monkeypatch, round_s, num_waiting):
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("fedsim.results.writer.time", SimpleNamespace(monotonic=lambda: clock.now))
@@ -542,7 +541,6 @@ def test_a_recording_in_a_generator_that_is_closed_is_interrupted(tmp_path):
     assert load_run(tmp_path / "mnist").rounds["round"].tolist() == [0, 1]
 
 
-@pytest.mark.xfail(strict=True, reason="a with block that is left without an exception counts as finished")
 def test_a_recording_that_is_left_by_break_is_not_finished(tmp_path):
     with Recording(CONFIG, results=tmp_path) as recording:
         for _ in recording:
@@ -610,7 +608,6 @@ def test_a_failure_to_write_is_a_failure_of_the_run(tmp_path, every_round, monke
     assert "no space left" in info(tmp_path / "mnist")["error"]
 
 
-@pytest.mark.xfail(strict=True, reason="RunWriter.__exit__ flushes first: where that raises, no status is written")
 def test_a_lasting_failure_to_write_is_a_failure_of_the_run_too(tmp_path, every_round, monkeypatch):
     fails_from_round_2(monkeypatch, "pq.write_table", 1000)
     with pytest.raises(OSError, match="no space left"):
@@ -676,6 +673,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path, changes, expected):
 def test_a_checkpoint_is_due_after_so_many_seconds(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("fedsim.results.writer.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("fedsim.results.writer.FLUSH_S", 1_000_000)
     config = CONFIG.override({"rounds": 9, "checkpoint.every_s": 10, "checkpoint.keep": "all"})
     saved = []
 
@@ -836,7 +834,7 @@ def test_a_run_that_loses_its_run_json_says_so(tmp_path):
 def test_a_run_of_a_newer_fedsim_is_refused(tmp_path):
     folder = run(tmp_path, {"rounds": 0}).path
     (folder / "run.json").write_text(json.dumps(info(folder) | {"fedsim_run": 999, "versions": {"fedsim": "9.9"}}))
-    with pytest.raises(RunFolderError, match=r"newer fedsim \(9\.9\)"):
+    with pytest.raises(RunFolderError, match=r"version 999.*update fedsim"):
         load_run(folder)
 
 

@@ -18,6 +18,7 @@ from fedsim.config import Config
 from fedsim.config.tables import lookup
 from fedsim.errors import RunFolderError
 from fedsim.metrics import RoundRecord, table
+from fedsim.numerics import numerics
 from fedsim.results.writer import RUN_VERSION, SCHEMAS, is_live, read_info
 from fedsim.weights import Layout
 
@@ -87,7 +88,8 @@ class Run:
         """
         if self._model is None:
             raise RunFolderError(f"{self.name} used its own model; give it: fedsim.load_run(path, model=make_model)")
-        module = self._model()
+        with numerics(self.config.placement.threads):
+            module = self._model()
         layout = Layout.of(module)  # not load_state_dict: tied weights have one name here and several there
         layout.load(module, layout.of_named(self.weights()))
         return module
@@ -118,13 +120,18 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
     info = read_info(folder)
     if info is None:
         raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's")
-    if info["fedsim_run"] > RUN_VERSION:
-        raise RunFolderError(f"{folder} was written by a newer fedsim ({info['versions']['fedsim']}); update fedsim")
+    version = info["fedsim_run"]
+    if version != RUN_VERSION:
+        raise RunFolderError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
     config = Config.from_toml(folder / "config.toml")
-    if model is None and not info["own"].get("model"):
+    try:
+        own, data = info["own"], info["data"]
+        shape, num_classes = tuple(data["input_shape"]), data["num_classes"]
+    except (KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder / 'run.json'} is damaged: {type(error).__name__} {error}") from None
+    if model is None and "model" not in own:
         model = lookup(models.MODELS, config.model.name, "model.name")
-    shape, classes = tuple(info["data"]["input_shape"]), info["data"]["num_classes"]
-    make = partial(models.build, model, shape, classes, config.seed) if model else None
+    make = partial(models.build, model, shape, num_classes, config.seed) if model else None
     return Run(folder.name, folder, config, _model=make)
 
 

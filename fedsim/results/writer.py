@@ -58,7 +58,7 @@ def target(results: Path, name: str | None, default_name: str, overwrite: bool) 
     if name is None:
         number = 2
         while folder.exists() or folder.is_symlink():
-            folder = results / f"{chosen}-{number}"
+            folder = results / f"{chosen[: 99 - len(str(number))]}-{number}"
             number += 1
     elif folder.exists() or folder.is_symlink():
         raise RunFolderError(f"{folder} exists already; choose another --name, or replace it with --overwrite")
@@ -127,7 +127,8 @@ class RunWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             publish(folder / "config.toml", config.to_toml().encode())
             self._rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "clients": []}
-            self._first_round: int | None = None
+            self._first_round: int | None = None  # of the rows that wait
+            self._last_round: int | None = None
             for kind, schema in SCHEMAS.items():  # an empty typed part: the folders can be read from the start
                 (folder / f"{kind}.parquet").mkdir()
                 self._write_part(kind, "part-empty", table([], schema))
@@ -192,15 +193,23 @@ class RunWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         try:
-            self.flush()
-            if error is None:
-                self.update(status="finished", ended_at=_now())
-            elif isinstance(error, Exception):
-                self.update(status="failed", ended_at=_now(), error=f"{type(error).__name__}: {error}")
-            else:  # Ctrl-C, SIGTERM, or an iteration left early
-                self.update(status="interrupted", ended_at=_now())
+            try:
+                self.flush()
+            except Exception as own_error:
+                error = error or own_error
+                raise
+            finally:
+                self._end(error)
         finally:
             self._lock.close()
+
+    def _end(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception):
+            self.update(status="failed", ended_at=_now(), error=f"{type(error).__name__}: {error}")
+        elif error is None and self._last_round == self._config.rounds:
+            self.update(status="finished", ended_at=_now())
+        else:  # Ctrl-C, SIGTERM, or an iteration left early
+            self.update(status="interrupted", ended_at=_now())
 
     def _write_part(self, kind: str, name: str, rows: pa.Table) -> None:
         buffer = io.BytesIO()
