@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import tomli_w
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Gets data sets, and shows what is cached.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # paths are printed as they are
+# Paths are printed as they are, and tables in full where no terminal sets a width.
+_WIDTH = None if sys.stdout.isatty() else 200
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=_WIDTH)
 
 
 def _keys_help() -> str:
@@ -81,6 +84,8 @@ def run(
         with recording:
             for finished in recording if quiet else _with_progress(recording):
                 record = finished
+                if _interrupts:
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
         done = f"{recording.folder} holds the rounds up to {record.round}" if record else "no round was finished"
         _fail(f"interrupted: {done}", 130)
@@ -122,7 +127,9 @@ def plan(
 def presets(name: Annotated[str | None, typer.Argument(help="Prints this preset as TOML.")] = None) -> None:
     """Lists the presets, or prints one as TOML."""
     if name is not None:
-        console.print(preset(name).to_toml(), end="")
+        values = preset(name).to_dict()
+        del values["placement"]["address"]  # a file that says it would outweigh RAY_ADDRESS
+        console.print(tomli_w.dumps(values), end="")
         return
     table = Table(box=None, show_header=False)
     for preset_name, (description, _) in PRESETS.items():
@@ -183,6 +190,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Prints the
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and exits with 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
+    _interrupts.clear()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     arguments = sys.argv[1:] if arguments is None else arguments

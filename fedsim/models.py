@@ -89,7 +89,10 @@ def build(factory: Callable[..., nn.Module], input_shape: ImageShape, num_classe
 
 
 def _takes_arguments(factory: Callable[..., nn.Module]) -> bool:
-    signature = inspect.signature(factory)
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # some builtins have none
+        return False
     if {"input_shape", "num_classes"} <= signature.parameters.keys():
         return True
     try:

@@ -21,7 +21,7 @@ from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
 from fedsim.placement import Plan
-from fedsim.results import Run, RunWriter, target
+from fedsim.results import Run, RunWriter, check_name, target
 from fedsim.simulation import Round, federated_averaging
 from fedsim.strategies import Strategy
 
@@ -90,7 +90,7 @@ class Recording:
     ) -> None:
         self._target = partial(target, Path(results), name, config.name, overwrite) if results is not None else None
         self.folder = self._target() if self._target else None
-        self.name = self.folder.name if self.folder else name or config.name
+        self.name = self.folder.name if self.folder else check_name(name or config.name)
         self.experiment = prepare(config, model=model, strategy=strategy, dataset=dataset)
         self._overwrite, self._debug = overwrite, debug
         self._records: list[RoundRecord] = []

@@ -124,8 +124,12 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     is_by_examples = x.config.strategy.weighting == "examples"
     counts = torch.tensor([update.num_examples if is_by_examples else 1 for update in completed])
     flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
-    if flat.shape != weights.flat.shape or flat.dtype != weights.flat.dtype or not torch.isfinite(flat).all():
-        raise RunFailedError(f"round {round}: strategy {x.config.strategy.name} gave weights that are not finite")
+    expected = f"{weights.flat.dtype} {tuple(weights.flat.shape)}"
+    if not isinstance(flat, Tensor) or f"{flat.dtype} {tuple(flat.shape)}" != expected:
+        given = f"{flat.dtype} {tuple(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
+        raise RunFailedError(f"round {round}: the strategy gave {given} where it must give weights {expected}")
+    if not torch.isfinite(flat).all():
+        raise RunFailedError(f"round {round}: the strategy gave weights that are not finite")
     mean = weighted_mean(updates, counts)
     return _Step(
         Weights(flat, read_only_tensor(completed[0].integers).clone()),

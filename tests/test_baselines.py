@@ -96,9 +96,6 @@ def test_the_plain_loop_weighs_clients_by_examples_and_draws_cohorts() -> None:
 
 def test_the_plain_loop_as_a_script() -> None:
     command = [sys.executable, PLAIN_LOOP, "--data", "synthetic", "--rounds", "2", "--model", "2nn"]
-    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
-    assert [line.split(":")[0] for line in printed] == ["round 1", "round 2"]
-
     command += ["--json", "--clients", "5", "--per-round", "2"]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     records = [json.loads(line) for line in printed]

@@ -167,7 +167,7 @@ class Config(_Section):
 
     name: str = Field("mnist", description="the run is called after it: letters, digits, '.', '_' and '-'")
     seed: int = Field(0, ge=0, lt=2**63, description="of every random draw")
-    rounds: int = Field(5, ge=0, le=10_000_000, description="communication rounds")
+    rounds: int = Field(5, ge=0, le=999_999, description="communication rounds")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     clients: ClientsConfig = ClientsConfig()

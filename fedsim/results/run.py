@@ -121,7 +121,7 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
     if info is None:
         raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's")
     version = info["fedsim_run"]
-    if version != RUN_VERSION:
+    if not isinstance(version, int) or version > RUN_VERSION:
         raise RunFolderError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
     config = Config.from_toml(folder / "config.toml")
     try:

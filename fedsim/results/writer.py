@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -42,12 +43,7 @@ def target(results: Path, name: str | None, default_name: str, overwrite: bool) 
     Raises:
         RunFolderError: the name is not one, or is taken.
     """
-    chosen = name if name is not None else default_name
-    if not RUN_NAME.fullmatch(chosen):
-        raise RunFolderError(
-            f"{chosen!r} cannot be a run's name: up to 100 letters, digits, '.', '_' and '-', "
-            "starting with a letter or digit"
-        )
+    chosen = check_name(name if name is not None else default_name)
     if results.exists() and not results.is_dir():
         raise RunFolderError(f"{results} is not a folder; name another with --results")
     folder = results / chosen
@@ -63,6 +59,19 @@ def target(results: Path, name: str | None, default_name: str, overwrite: bool) 
     elif folder.exists() or folder.is_symlink():
         raise RunFolderError(f"{folder} exists already; choose another --name, or replace it with --overwrite")
     return folder
+
+
+def check_name(name: str) -> str:
+    """The name, if a run may have it: it cannot leave the results folder.
+
+    Raises:
+        RunFolderError: it may not.
+    """
+    if RUN_NAME.fullmatch(name):
+        return name
+    raise RunFolderError(
+        f"{name!r} cannot be a run's name: up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit"
+    )
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -117,23 +126,9 @@ class RunWriter:
 
     def __init__(self, folder: Path, config: Config, info: dict[str, Any], *, overwrite: bool = False) -> None:
         self.folder, self._config = folder, config
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            if overwrite and folder.exists():
-                _check_replaceable(folder)
-                _remove_ours(folder)
-            folder.mkdir(exist_ok=overwrite)
-            self._lock = (folder / ".lock").open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            publish(folder / "config.toml", config.to_toml().encode())
-            self._rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "clients": []}
-            self._first_round: int | None = None  # of the rows that wait
-            self._last_round: int | None = None
-            for kind, schema in SCHEMAS.items():  # an empty typed part: the folders can be read from the start
-                (folder / f"{kind}.parquet").mkdir()
-                self._write_part(kind, "part-empty", table([], schema))
-        except OSError as error:
-            raise RunFolderError(f"cannot make the run's folder {folder}: {error}") from None
+        self._rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "clients": []}
+        self._first_round: int | None = None  # of the rows that wait
+        self._last_round: int | None = None
         self._info = {
             "fedsim_run": RUN_VERSION,
             "name": folder.name,
@@ -143,7 +138,29 @@ class RunWriter:
             "error": None,
             **info,
         }
-        self.update()
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if overwrite and folder.exists():
+                _check_replaceable(folder)
+                _remove_ours(folder)
+            folder.mkdir(exist_ok=overwrite)
+        except OSError as error:
+            raise RunFolderError(f"cannot make the run's folder {folder}: {error}") from None
+        try:
+            self._lock = (folder / ".lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            publish(folder / "config.toml", config.to_toml().encode())
+            for kind, schema in SCHEMAS.items():  # an empty typed part: the folders can be read from the start
+                (folder / f"{kind}.parquet").mkdir()
+                self._write_part(kind, "part-empty", table([], schema))
+            self.update()
+        except BaseException as error:  # a full disk, Ctrl-C: as if nothing had been
+            _remove_ours(folder)
+            with contextlib.suppress(OSError):  # what others put there stays
+                folder.rmdir()
+            if isinstance(error, OSError):
+                raise RunFolderError(f"cannot write to the run's folder {folder}: {error}") from None
+            raise
         self._flushed = self._checkpointed = time.monotonic()
 
     def update(self, **changes: Any) -> None:
