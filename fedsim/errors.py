@@ -35,6 +35,10 @@ class RunFolderError(InputError):
     """A run's name or folder cannot be used: taken, not a run, or in use."""
 
 
+class RunExistsError(RunFolderError):
+    """Another run took the name first."""
+
+
 class RunFailedError(FedsimError):
     """The run started and could not be finished; its finished rounds stay readable."""
 

@@ -43,7 +43,10 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
     from fedsim.actors import connection  # imports ray, which a serial run does without
 
     with connection.connect(x.address, node, _store_bytes(x), debug=debug) as nodes:
-        yield _plan(x, *nodes)
+        plan = _plan(x, *nodes)
+        if not connection.has_room(plan):  # others use this Ray: what is left must do, or the plan is refused
+            plan = _plan(x, *connection.free_nodes())
+        yield plan
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def make_plan(
     free = sum(node.memory_bytes for node in nodes)
     asked_cpus = 0.0 if placement.num_cpus == "auto" else placement.num_cpus
     asked_gpus = 0.0 if placement.num_gpus == "auto" else placement.num_gpus
-    capacity = _capacity(asked_cpus, asked_gpus, nodes)  # actors of the asked size that fit
+    most = capacity(asked_cpus, asked_gpus, nodes)  # actors of the asked size
     reasons = []
 
     mode = placement.mode
@@ -96,7 +96,7 @@ def make_plan(
     elif mode == "auto":
         start_s = _start_s(num_clients, cpus)
         needed = num_clients * ACTOR_BYTES + updates_bytes
-        fits = start_s < START_BUDGET_S and needed <= free / 2 and num_clients <= capacity
+        fits = start_s < START_BUDGET_S and needed <= free / 2 and num_clients <= most
         mode = "actor-per-client" if fits else "packed"
         reasons.append(
             f"{mode}: an actor for each of {num_clients} clients would start in about {start_s:.0f} s "
@@ -114,7 +114,7 @@ def make_plan(
             )
         actors = num_clients
     elif placement.actors == "auto":
-        actors = max(1, min(int(cpus), cohort_size, capacity))
+        actors = max(1, min(int(cpus), cohort_size, most))
         reasons.append(
             f"{actors} actors: one a core, and no more than fit or than the {cohort_size} clients of a round"
         )
@@ -142,7 +142,7 @@ def _gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...],
         if gpus:
             reasons.append(f"CPU only: {gpus:g} GPU found, not used unless asked for (placement.num_gpus={share:g})")
         return 0.0
-    if _capacity(0, placement.num_gpus, nodes) < actors:
+    if capacity(0, placement.num_gpus, nodes) < actors:
         raise PlanError(
             f"{actors} actors of {placement.num_gpus:g} GPU each do not fit {gpus:g} GPUs"
             + (f"; at most {share:g} each" if gpus else "; set placement.num_gpus=0")
@@ -153,13 +153,13 @@ def _gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...],
 def _cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: tuple[Node, ...]) -> float:
     # the largest share, up to one core, of which enough fit, node by node
     shares = {_floor(min(1.0, node.num_cpus / k)) for node in nodes for k in range(1, actors + 1)}
-    best = max((s for s in shares if s > 0 and _capacity(s, num_gpus, nodes) >= actors), default=0.0)
+    best = max((s for s in shares if s > 0 and capacity(s, num_gpus, nodes) >= actors), default=0.0)
     cpus = " + ".join(f"{node.num_cpus:g}" for node in nodes)
     if placement.num_cpus == "auto":
         if not best:
             raise PlanError(f"{actors} actors do not fit {cpus} CPUs: Ray's smallest share is 0.0001; set fewer actors")
         return best
-    if _capacity(placement.num_cpus, num_gpus, nodes) < actors:
+    if capacity(placement.num_cpus, num_gpus, nodes) < actors:
         raise PlanError(
             f"{actors} actors of {placement.num_cpus:g} CPU each need {actors * placement.num_cpus:g} CPUs, "
             f"but there are {cpus}; at most {best:g} each"
@@ -167,7 +167,7 @@ def _cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: 
     return placement.num_cpus
 
 
-def _capacity(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...]) -> int:
+def capacity(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...]) -> int:
     """How many actors of this size fit, node by node, in Ray's own units."""
     cpu, gpu = round(num_cpus * _UNITS), round(num_gpus * _UNITS)
     total = 0

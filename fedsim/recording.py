@@ -16,7 +16,7 @@ from torch import nn
 from fedsim import environment, models
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import InputError
+from fedsim.errors import InputError, RunExistsError
 from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
@@ -92,7 +92,7 @@ class Recording:
         self.folder = self._target() if self._target else None
         self.name = self.folder.name if self.folder else check_name(name or config.name)
         self.experiment = prepare(config, model=model, strategy=strategy, dataset=dataset)
-        self._overwrite, self._debug = overwrite, debug
+        self._is_named, self._overwrite, self._debug = name is not None, overwrite, debug
         self._records: list[RoundRecord] = []
         self._last: Round | None = None
         self._writer: RunWriter | None = None
@@ -101,11 +101,8 @@ class Recording:
         x = self.experiment
         with contextlib.ExitStack() as stack:
             self.plan = stack.enter_context(connect(x, debug=self._debug))
-            if self._target:
-                self.folder = self._target()  # again: another run may have taken the name in the meantime
-                self.name = self.folder.name
-                writer = RunWriter(self.folder, x.config, _info(x, self.plan), overwrite=self._overwrite)
-                self._writer = stack.enter_context(writer)
+            if self.folder is not None:
+                self._writer = stack.enter_context(self._new_writer(_info(x, self.plan)))
             self._cleanup = stack.pop_all()
         return self
 
@@ -113,6 +110,18 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._cleanup.__exit__(kind, error, where)
+
+    def _new_writer(self, info: dict[str, Any]) -> RunWriter:
+        """Makes the run's folder; a name that another run takes in this moment is refused if it was asked for."""
+        assert self._target is not None
+        while True:
+            self.folder = self._target()
+            self.name = self.folder.name
+            try:
+                return RunWriter(self.folder, self.experiment.config, info, overwrite=self._overwrite)
+            except RunExistsError:
+                if self._is_named:
+                    raise
 
     def __iter__(self) -> Iterator[RoundRecord]:
         x, writer = self.experiment, self._writer

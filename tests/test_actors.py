@@ -170,6 +170,24 @@ def test_what_does_not_fit_is_refused_before_any_actor(shared_ray, monkeypatch):
         fedsim.run(config, results=None)
 
 
+def test_a_ray_that_others_use_is_planned_by_what_is_left(shared_ray, monkeypatch):
+    monkeypatch.setattr(connection.has_room, "__defaults__", (0.5,))  # seconds
+
+    @shared_ray.remote(num_cpus=3.5)
+    class Other:
+        def ready(self):
+            return True
+
+    other = Other.remote()
+    assert shared_ray.get(other.ready.remote())
+    wait_until(lambda: shared_ray.available_resources().get("CPU") == 0.5)
+    config = TINY.override({"placement.mode": "packed", "placement.actors": 2, "placement.num_cpus": 0.5})
+    with pytest.raises(PlanError, match=r"2 actors of 0\.5 CPU each need 1 CPUs, but there are 0\.5"):
+        fedsim.run(config, results=None)
+    shared_ray.kill(other)
+    wait_until(lambda: shared_ray.available_resources().get("CPU") == 4)
+
+
 def test_device_comes_from_rays_ids_not_from_what_torch_sees(shared_ray, monkeypatch):
     limits = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

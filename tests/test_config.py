@@ -275,7 +275,7 @@ def test_an_unknown_key_below_a_value_or_in_an_unknown_section():
     assert "model.depth" in refused({"model.depth": 3})
 
 
-PER_ROUND = r'"all", a whole number from 1, or a fraction C with 0 <= C < 1'
+PER_ROUND = r'"all", a whole number from 1, or a fraction below 1 such as 0.1'
 WRONG = [  # key, value, what the message says is allowed
     ("seed", -1, "greater than or equal to 0"),
     ("seed", 2**63, "less than 9223372036854775808"),

@@ -75,7 +75,7 @@ class ClientsConfig(_Section):
         is_fraction = isinstance(value, float) and 0 <= value < 1
         if value == "all" or is_count or is_fraction:
             return value
-        raise ValueError('must be "all", a whole number from 1, or a fraction C with 0 <= C < 1')
+        raise ValueError('must be "all", a whole number from 1, or a fraction below 1 such as 0.1')
 
     @model_validator(mode="after")
     def _check_cohort_fits(self) -> Self:

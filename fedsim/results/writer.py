@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.config import RUN_NAME, Config
-from fedsim.errors import RunFolderError
+from fedsim.errors import RunExistsError, RunFolderError
 from fedsim.files import publish
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, RoundRecord, table
 
@@ -28,7 +28,7 @@ RUN_VERSION = 1
 FLUSH_S = 1.0
 """Rows wait at most about this long before they are in a file."""
 
-_OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", ".lock", "run.json")
+_OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", "run.json")
 
 
 def target(results: Path, name: str | None, default_name: str, overwrite: bool) -> Path:
@@ -112,6 +112,20 @@ def is_live(folder: Path) -> bool:
     return False
 
 
+def _locked(folder: Path) -> BinaryIO:
+    """Takes the lock of a run's folder; a reader that asks whether the run is live holds it for a moment."""
+    lock = (folder / ".lock").open("wb")
+    for attempt in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05 * (attempt < 19))
+        else:
+            return lock
+    lock.close()
+    raise RunFolderError(f"{folder} is being written by a running fedsim; wait for it, or choose another --name")
+
+
 class RunWriter:
     """Writes one run's folder. As a context manager it ends the run with the status that fits.
 
@@ -140,15 +154,19 @@ class RunWriter:
         }
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if overwrite and folder.exists():
+            is_replaced = overwrite and folder.exists()
+            if is_replaced:
                 _check_replaceable(folder)
-                _remove_ours(folder)
-            folder.mkdir(exist_ok=overwrite)
+            else:
+                folder.mkdir()
+            self._lock = _locked(folder)
+        except FileExistsError:
+            raise RunExistsError(f"{folder} exists already; choose another --name") from None
         except OSError as error:
             raise RunFolderError(f"cannot make the run's folder {folder}: {error}") from None
         try:
-            self._lock = (folder / ".lock").open("wb")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_replaced:
+                _remove_ours(folder)
             publish(folder / "config.toml", config.to_toml().encode())
             for kind, schema in SCHEMAS.items():  # an empty typed part: the folders can be read from the start
                 (folder / f"{kind}.parquet").mkdir()
@@ -156,6 +174,7 @@ class RunWriter:
             self.update()
         except BaseException as error:  # a full disk, Ctrl-C: as if nothing had been
             _remove_ours(folder)
+            (folder / ".lock").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # what others put there stays
                 folder.rmdir()
             if isinstance(error, OSError):
