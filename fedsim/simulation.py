@@ -66,6 +66,11 @@ def federated_averaging(x: Experiment, pool: Pool) -> Iterator[Round]:
             with clock.part("evaluate_s"):
                 evaluation = pool.evaluate(round, weights)
         yield Round(_record(round, clock, weights, evaluation, step), weights, state)
+        if step.update_l2_norm is None:  # after its rows are written: they say what happened
+            raise RunFailedError(
+                f"round {round}: not one of {len(results)} updates is finite, so there is nothing to average; "
+                f"training diverged (training.lr = {x.config.training.lr})"
+            )
 
 
 def rounds(
@@ -107,7 +112,8 @@ class _Step:
 
     weights: Weights
     state: State
-    update_l2_norm: float
+    update_l2_norm: float | None
+    """None where there was nothing to average."""
     clients: tuple[ClientRecord, ...]
     num_retries: int
 
@@ -115,11 +121,10 @@ class _Step:
 def _aggregate(x: Experiment, round: int, weights: Weights, state: State, results: Sequence[FitResult]) -> _Step:
     """The strategy's step over the finite updates, in ascending client_id, and the record of each client."""
     completed = [result.update for result in results if result.update.is_finite]
+    num_retries = sum(result.attempts - 1 for result in results)
     if not completed:
-        raise RunFailedError(
-            f"round {round}: not one of {len(results)} updates is finite, so there is nothing to average; "
-            f"training diverged (training.lr = {x.config.training.lr})"
-        )
+        rejected = tuple(_client_record(round, result, None) for result in results)
+        return _Step(weights, state, None, rejected, num_retries)
     updates = torch.stack([read_only_tensor(update.update) for update in completed])
     is_by_examples = x.config.strategy.weighting == "examples"
     counts = torch.tensor([update.num_examples if is_by_examples else 1 for update in completed])
@@ -136,11 +141,11 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
         state,
         l2_norm(flat.double() - weights.flat.double()),
         tuple(_client_record(round, result, mean) for result in results),
-        sum(result.attempts - 1 for result in results),
+        num_retries,
     )
 
 
-def _client_record(round: int, result: FitResult, mean_update: Tensor) -> ClientRecord:
+def _client_record(round: int, result: FitResult, mean_update: Tensor | None) -> ClientRecord:
     update = result.update
     return ClientRecord(
         round=round,
@@ -150,7 +155,9 @@ def _client_record(round: int, result: FitResult, mean_update: Tensor) -> Client
         num_steps=update.num_steps,
         train_loss=update.train_loss,
         update_l2_norm=update.update_l2_norm,
-        cosine_to_mean=cosine(read_only_tensor(update.update), mean_update) if update.is_finite else None,
+        cosine_to_mean=None
+        if mean_update is None or not update.is_finite
+        else cosine(read_only_tensor(update.update), mean_update),
         update_sha256=update.update_sha256,
         fit_s=update.fit_s,
         stack_size=update.stack_size,

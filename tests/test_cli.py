@@ -668,7 +668,7 @@ def test_runs_lists_them_with_status_rounds_and_accuracy(call, monkeypatch):
     last = [pd.read_parquet(f"results/{name}/rounds.parquet")["test_accuracy"] for name in ("done", "far", "stopped")]
     assert [row[:4] for row in rows[1:]] == [
         ["done", "finished", "2/2", f"{last[0].iloc[-1]:.4f}"],
-        ["far", "failed", "0/5", f"{last[1].iloc[-1]:.4f}"],
+        ["far", "failed", "1/5", f"{last[1].iloc[-1]:.4f}"],
         ["stopped", "interrupted", "1/4", f"{last[2].iloc[-1]:.4f}"],
     ]
 

@@ -507,7 +507,11 @@ def test_a_round_without_a_finite_update_fails_and_keeps_the_rounds_before(tmp_p
     assert "1e+38" in str(caught.value)  # what to change
     failed = fedsim.load_run(tmp_path / "mnist")
     assert failed.status == "failed"
-    assert failed.rounds["round"].tolist() == [0]
+    assert failed.rounds["round"].tolist() == [0, 1]  # the failed round says why
+    assert failed.rounds["num_rejected"].tolist() == [0, failed.rounds["num_sampled"].iloc[1]]
+    assert failed.rounds["weights_sha256"].nunique() == 1
+    assert failed.rounds["update_l2_norm"].isna().all()
+    assert set(failed.clients["status"]) == {"rejected"}
 
     def throws_far(state, weights, updates, num_examples):  # finite, but too far out to train on
         return torch.full_like(weights, 1e38), state
@@ -517,8 +521,9 @@ def test_a_round_without_a_finite_update_fails_and_keeps_the_rounds_before(tmp_p
         fedsim.run(BASE, results=tmp_path, name="later", strategy=far)
     failed = fedsim.load_run(tmp_path / "later")
     assert failed.status == "failed"
-    assert failed.rounds["round"].tolist() == [0, 1]
-    assert failed.clients["round"].unique().tolist() == [1]
+    assert failed.rounds["round"].tolist() == [0, 1, 2]
+    assert failed.rounds["num_completed"].tolist()[2] == 0
+    assert sorted(failed.clients["round"].unique().tolist()) == [1, 2]
 
 
 @pytest.mark.parametrize(
