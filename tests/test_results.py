@@ -889,3 +889,16 @@ def test_the_runs_of_a_folder_are_found_by_name(tmp_path):
     (tmp_path / "foreign").mkdir()
     assert [found.name for found in find_runs(tmp_path)] == ["a", "b", "c"]
     assert find_runs(tmp_path / "missing") == []
+
+
+def test_a_name_taken_in_the_last_moment_gives_the_next_one_or_is_refused_if_asked_for(tmp_path):
+    unnamed, named = Recording(CONFIG, results=tmp_path), Recording(CONFIG, results=tmp_path, name="mnist")
+    answers = [tmp_path / "mnist", tmp_path / "mnist-2"]  # the first is free when asked for, and taken when made
+    unnamed._target = lambda: answers.pop(0)
+    named._target = lambda: tmp_path / "mnist"
+    (tmp_path / "mnist").mkdir()
+    with unnamed:
+        assert unnamed.name == "mnist-2"
+    with pytest.raises(RunFolderError, match="exists already"):
+        named.__enter__()
+    assert list((tmp_path / "mnist").iterdir()) == []
