@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from fedsim import datasets, models, sampling
+from fedsim import datasets, models, sampling, stacked
 from fedsim.client import ClientSpec
 from fedsim.config import Config
 from fedsim.config.tables import arguments, lookup
@@ -37,6 +37,8 @@ class Experiment:
     spec: ClientSpec
     layout: Layout
     initial_weights: Weights
+    obstacle: str | None
+    """What keeps the stacked engine from running the model; None where nothing does."""
     own: dict[str, str]
     """The parts that came from Python instead of the configuration: which -> what it is called."""
 
@@ -94,6 +96,12 @@ def prepare(
         module = models.build(factory, data.input_shape, data.num_classes, config.seed)
         layout = Layout.of(module)
         initial_weights = layout.flatten(module)
+        obstacle = stacked.obstacle(module, data.input_shape)
+    if obstacle and config.training.engine == "stacked":
+        raise ConfigError(
+            f"training.engine = 'stacked' cannot run this model: {obstacle}; the loop engine can, auto takes it"
+        )
+    engine = "loop" if obstacle else config.training.engine.replace("auto", "stacked")
     return Experiment(
         config=config,
         dataset=data,
@@ -102,10 +110,11 @@ def prepare(
         cohort_size=cohort_size,
         strategy=strategy,
         spec=ClientSpec(
-            config.training, config.seed, factory, data.input_shape, data.num_classes, config.placement.threads
+            config.training, config.seed, factory, data.input_shape, data.num_classes, config.placement.threads, engine
         ),
         layout=layout,
         initial_weights=initial_weights,
+        obstacle=obstacle,
         own={name: _called(part) for name, part in own.items() if part is not None},
     )
 

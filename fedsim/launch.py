@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 from fedsim.actors import Pool
 from fedsim.actors.serial import SerialPool
 from fedsim.experiment import Experiment
-from fedsim.placement import Node, Plan, local_node, make_plan
+from fedsim.placement import Node, Plan, Size, local_node, make_plan
 
 
 def preview(x: Experiment) -> Plan:
@@ -52,12 +53,13 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
 @contextlib.contextmanager
 def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     """Starts the hosts of the clients, and stops them at the end."""
+    spec = dataclasses.replace(x.spec, stack_size=plan.stack_size)
     if plan.mode == "serial":
-        pool: Pool = SerialPool(x.spec, x.dataset, x.partition)
+        pool: Pool = SerialPool(spec, x.dataset, x.partition)
     else:
         from fedsim.actors.ray_pool import RayPool
 
-        pool = RayPool(plan, x.spec, x.dataset, x.partition, x.config.failures.max_retries)
+        pool = RayPool(plan, spec, x.dataset, x.partition, x.config.failures.max_retries)
     with contextlib.closing(pool):
         yield pool
 
@@ -72,13 +74,8 @@ def _is_alone(x: Experiment) -> bool:
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:
-    return make_plan(
-        x.config.placement,
-        num_clients=x.config.clients.count,
-        cohort_size=x.cohort_size,
-        model_bytes=x.model_bytes,
-        nodes=nodes,
-    )
+    size = Size(x.config.clients.count, x.cohort_size, x.model_bytes, x.spec.engine)
+    return make_plan(x.config.placement, size, nodes)
 
 
 def _store_bytes(x: Experiment) -> int:

@@ -158,7 +158,7 @@ def _info(x: Experiment, plan: Plan) -> dict[str, Any]:
         "versions": environment.versions(),
         "machine": environment.machine(),
         "git_commit": environment.git_commit(),
-        "engine": "loop",
+        "engine": x.spec.engine,
         "placement": asdict(plan),
         "data": {
             "name": x.dataset.name,

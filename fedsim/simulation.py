@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.actors import FitResult, Pool
-from fedsim.client import Evaluation
 from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import RunFailedError
@@ -23,6 +22,7 @@ from fedsim.metrics import ClientRecord, RoundRecord
 from fedsim.numerics import numerics
 from fedsim.seeding import generator
 from fedsim.strategies import State, Strategy, weighted_mean
+from fedsim.training import Evaluation
 from fedsim.weights import Weights, cosine, l2_norm, read_only_tensor
 
 
@@ -123,7 +123,7 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     completed = [result.update for result in results if result.update.is_finite]
     num_retries = sum(result.attempts - 1 for result in results)
     if not completed:
-        rejected = tuple(_client_record(round, result, None) for result in results)
+        rejected = tuple(_client_record(round, result) for result in results)
         return _Step(weights, state, None, rejected, num_retries)
     updates = torch.stack([read_only_tensor(update.update) for update in completed])
     is_by_examples = x.config.strategy.weighting == "examples"
@@ -136,16 +136,19 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     if not torch.isfinite(flat).all():
         raise RunFailedError(f"round {round}: the strategy gave weights that are not finite")
     mean = weighted_mean(updates, counts)
+    mean_norm = l2_norm(mean)
     return _Step(
         Weights(flat, read_only_tensor(completed[0].integers).clone()),
         state,
         l2_norm(flat.double() - weights.flat.double()),
-        tuple(_client_record(round, result, mean) for result in results),
+        tuple(_client_record(round, result, mean, mean_norm) for result in results),
         num_retries,
     )
 
 
-def _client_record(round: int, result: FitResult, mean_update: Tensor | None) -> ClientRecord:
+def _client_record(
+    round: int, result: FitResult, mean_update: Tensor | None = None, mean_norm: float = 0.0
+) -> ClientRecord:
     update = result.update
     return ClientRecord(
         round=round,
@@ -157,7 +160,7 @@ def _client_record(round: int, result: FitResult, mean_update: Tensor | None) ->
         update_l2_norm=update.update_l2_norm,
         cosine_to_mean=None
         if mean_update is None or not update.is_finite
-        else cosine(read_only_tensor(update.update), mean_update),
+        else cosine(read_only_tensor(update.update), mean_update, update.update_l2_norm * mean_norm),
         update_sha256=update.update_sha256,
         fit_s=update.fit_s,
         stack_size=update.stack_size,

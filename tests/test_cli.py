@@ -282,7 +282,7 @@ BAD_INPUT = {
         ["strategy.beta1 = 1.0", "less than 1"],
     ),
     "unknown strategy argument": (sets("strategy.server_lr=1"), ["strategy.server_lr", "fedavg takes"]),
-    "engine": (sets("training.engine=stacked"), ["training.engine = 'stacked'", "'auto' or 'loop'"]),
+    "engine": (sets("training.engine=vmap"), ["training.engine = 'vmap'", "'auto', 'loop' or 'stacked'"]),
     "failure policy": (sets("failures.on_exhausted=drop"), ["failures.on_exhausted = 'drop'", "'stop'"]),
     "name with a path": (["--name", "a/b"], ["'a/b'", "letters, digits"]),
     "name above": (["--name", "../a"], ["'../a'", "letters, digits"]),
@@ -298,7 +298,7 @@ BAD_INPUT = {
     ),
     "more actors than fit": (
         sets(*EACH_AN_ACTOR, "clients.count=10000", "data.partition.examples_per_client=1", "placement.num_cpus=1"),
-        ["10000 actors"],
+        ["10,000 actors"],
     ),
     "actors for clients": (sets(*EACH_AN_ACTOR, "placement.actors=3"), ["placement.actors = 3", "needs 10"]),
     "no share of a CPU": (sets("placement.num_cpus=0.00001"), ["placement.num_cpus", "0.0001"]),

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedsim.client import ClientUpdate, Evaluation
+from fedsim.client import ClientUpdate
+from fedsim.training import Evaluation
 from fedsim.weights import Weights
 
 
