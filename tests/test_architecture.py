@@ -228,7 +228,7 @@ def test_the_public_names_are_there():
     for name in fedsim.__all__:
         assert getattr(fedsim, name) is not None
     assert set(fedsim.__all__) <= set(dir(fedsim))
-    promised = {"run", "rounds", "load_run", "load_runs", "preset"}
+    promised = {"run", "rounds", "verify", "replay", "load_run", "load_runs", "preset"}
     assert promised <= set(fedsim.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = fedsim.nothing
