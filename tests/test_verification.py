@@ -266,6 +266,14 @@ def test_a_round_is_compared_in_its_results_alone(folder, column):
     assert found == ((4, None, column) if is_result else None)
 
 
+@pytest.mark.parametrize(("round", "change"), [(3, lambda value: 0.5), (4, lambda value: None)])
+def test_null_is_not_any_value(folder, round, change):
+    """Of every second round there is no evaluation."""
+    tamper(folder, "rounds", round, "test_accuracy", change)
+    difference = verify(folder, rounds=round, placement=SERIAL).difference
+    assert (difference.round, difference.column) == (round, "test_accuracy")
+
+
 @pytest.mark.parametrize("column", [c.name for c in CLIENT_COLUMNS if c.is_observation])
 def test_observations_of_a_client_are_not_compared(folder, column):
     tamper(
