@@ -47,6 +47,12 @@ class Experiment:
         """Size of the encoded weights."""
         return self.initial_weights.num_bytes
 
+    def sample(self, round: int) -> list[int]:
+        """The cohort of a round, in ascending order: a function of the configuration and the round alone."""
+        rng = generator("cohort", self.config.seed, round=round)
+        cohort: list[int] = self.sampler(self.config.clients.count, self.cohort_size, rng).tolist()
+        return cohort
+
     @property
     def address(self) -> str:
         """Where Ray is: the configuration's address where it was set, else RAY_ADDRESS, else a private Ray."""
