@@ -169,4 +169,4 @@ def cosine(a: Tensor, b: Tensor, norms: float | None = None) -> float | None:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     # numpy's own pairwise sum: unlike a BLAS dot it does not depend on the number of threads
-    return float(np.sum(np.multiply(a.numpy(force=True), b.numpy(force=True), dtype=np.float64)))
+    return float((a.double() * b.double()).numpy(force=True).sum())

@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.stacked.layers import Layer
-from fedsim.stacked.stack import Stack, forward
+from fedsim.stacked.stack import Stack, forward, infer
 from fedsim.training import Chunk, Evaluation, Examples, Sgd, Trained, Work, pixels, score
 from fedsim.weights import Layout, Weights
 
 _GATHER = 1024
 """Examples brought together at once; a memory limit that changes no bit."""
-_INFERENCE = 125
-"""Test examples computed at once, so that what a convolution makes of them stays in the cache. Part of the results."""
 _VECTOR_BYTES, _ALIGNED_BYTES = 16, 64
 """Of the smallest vector register, and of torch's own allocations."""
 
@@ -71,8 +69,7 @@ class Stacked:
         evaluations = []
         for start, stop in chunks:
             images = pixels(examples.images[start:stop], weights.flat.dtype)
-            logits = torch.cat([forward(layers, some[None])[0] for some in torch.split(images, _INFERENCE)])
-            evaluations.append(score(logits, examples.labels[start:stop]))
+            evaluations.append(score(infer(layers, images), examples.labels[start:stop]))
         return evaluations
 
     def _take(self, stack: Stack, piece: Piece, examples: Examples, indices: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Images are [K, B, C, H, W] with the channels innermost in memory, where pooling 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +67,21 @@ class Linear:
         if self._shift is None:
             return torch.bmm(x, self._transposed)
         return torch.baddbmm(self._shift, x, self._transposed)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """As `forward`, of one client and with nothing kept: [1, N, I] -> [1, N, O].
+
+        oneDNN's products of many rows use all of the processor's vector width where torch's others may not: on AMD's
+        processors they are about twice as fast.
+        """
+        if x.dtype != torch.float32 or x.device.type != "cpu" or not _has_onednn():
+            return self.forward(x)
+        return F.linear(x[0].to_mkldnn(), *self._reordered).to_dense()[None]
+
+    @cached_property
+    def _reordered(self) -> list[Tensor]:
+        """Weight and bias as oneDNN takes them; the layer is not trained any more."""
+        return [parameter.value[0].to_mkldnn() for parameter in (self.weight, self.bias) if parameter]
 
     def backward(self, g: Tensor, *, needs_input: bool) -> Tensor:
         """See `Layer.backward`."""
@@ -188,6 +204,10 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0][None]
     return torch.cat(tensors).view(len(tensors), *tensors[0].shape)
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _pair(value: Any) -> tuple[int, int]:

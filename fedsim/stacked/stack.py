@@ -11,11 +11,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fedsim.stacked.layers import LAYERS, Layer
+from fedsim.stacked.layers import LAYERS, Conv2d, Layer, Linear
 from fedsim.stacked.parameter import Parameter
 from fedsim.training import Sgd
 from fedsim.weights import Layout
 
+_INFERENCE = 100
+"""Test images computed at once, so that what a convolution makes of them stays in the cache. Part of the results."""
 _ALIGNMENT = 16
 """Each client's row begins at a multiple of this: a kernel may treat the ends of an unaligned row in another way."""
 
@@ -52,10 +54,21 @@ class Stack:
 
 
 def forward(layers: list[Layer], x: Tensor) -> Tensor:
-    """Logits [K, B, L] of images [K, B, C, H, W]."""
+    """Logits [K, B, L] of images [K, B, C, H, W]; the layers keep what the way back needs."""
     for layer in layers:
         x = layer.forward(x)
     return x
+
+
+def infer(layers: list[Layer], images: Tensor) -> Tensor:
+    """Logits [N, L] of images [N, C, H, W], by the layers of one client, which are not trained any more."""
+    has_convolution = any(isinstance(layer, Conv2d) for layer in layers)
+    logits = []
+    for x in torch.split(images[None], _INFERENCE if has_convolution else len(images), dim=1):
+        for layer in layers:
+            x = layer.infer(x) if isinstance(layer, Linear) else layer.forward(x)
+        logits.append(x[0])
+    return torch.cat(logits)
 
 
 def obstacle(module: nn.Module, input_shape: tuple[int, ...]) -> str | None:
