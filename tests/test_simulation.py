@@ -288,7 +288,7 @@ def test_round_0_is_the_evaluation_of_the_initial_weights():
     result = run({"seed": 4})
     initial = models.build(models.logistic, SYNTHETIC.input_shape, 10, seed=4)
     first, loss_and_accuracy = result.rounds.iloc[0], evaluated(initial, SYNTHETIC)
-    assert (first["test_loss"], first["test_accuracy"]) == pytest.approx(loss_and_accuracy, rel=1e-9)
+    assert (first["test_loss"], first["test_accuracy"]) == pytest.approx(loss_and_accuracy, rel=1e-7)
     assert first["weights_sha256"] == hash_of(tensors_of(initial))
     counts = [name for name in result.rounds if name.startswith(("num_", "bytes_"))]
     assert len(counts) == 9
@@ -821,5 +821,5 @@ def test_an_evaluation_of_a_round_belongs_to_the_weights_after_it():
         shorter = run({"rounds": r})
         loss, accuracy = evaluated(shorter.model(), SYNTHETIC)
         assert rounds["test_accuracy"][r] == accuracy
-        assert rounds["test_loss"][r] == pytest.approx(loss, rel=1e-9)
+        assert rounds["test_loss"][r] == pytest.approx(loss, rel=1e-7)
     assert rounds["test_loss"].is_monotonic_decreasing
