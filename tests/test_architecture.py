@@ -34,9 +34,12 @@ LAYERS = (
     ("numerics", "weights", "strategies", "models", "training"),
     (
         "stacked.parameter",
+        "stacked.products",
         "stacked.activations",
         "stacked.layers",
         "stacked.stack",
+        "stacked.lookahead",
+        "stacked.steps",
         "stacked.engine",
         "stacked",
         "fingerprint",

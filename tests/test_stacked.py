@@ -15,6 +15,7 @@ from fedsim.numerics import numerics
 from fedsim.stacked import Stacked, engine, obstacle
 from fedsim.stacked.engine import Piece, pieces
 from fedsim.stacked.layers import LAYERS
+from fedsim.stacked.lookahead import worthwhile_block
 from fedsim.training import Examples, Loop, Sgd, Trained, Work
 from fedsim.weights import Layout, Weights
 
@@ -113,6 +114,38 @@ def test_it_trains_as_autograd_does(kind, sgd):
         assert a.train_loss == pytest.approx(b.train_loss, rel=1e-9)
         torch.testing.assert_close(a.weights.flat, b.weights.flat, rtol=1e-9, atol=1e-11)
         assert (a.weights.flat - start(module).flat).abs().max() > 1e-4, "it has learnt"
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 0])
+@pytest.mark.parametrize("name", ["logistic", "mlp", "2nn"])
+def test_looking_ahead_is_the_same_mathematics(name, batch_size):
+    """The first layer of 2nn takes blocks of 60, 20 and 6 steps here; whole ones, others, and single steps."""
+    module = made(models.MODELS[name], torch.float64)
+    clients = work(1, 75, 44, 140, epochs=2)
+    ours = stacked(module, PLAIN, batch_size).train(start(module), EXAMPLES, clients)
+    theirs = Loop(module, PLAIN, batch_size).train(start(module), EXAMPLES, clients)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.num_steps == b.num_steps
+        assert a.train_loss == pytest.approx(b.train_loss, rel=1e-9)
+        torch.testing.assert_close(a.weights.flat, b.weights.flat, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "sgd", "batch_size", "block"),
+    [
+        ([nn.Flatten(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 10)], PLAIN, 10, 6),
+        ([nn.Identity(), nn.Flatten(), nn.Linear(784, 200)], PLAIN, 1, 60),
+        ([nn.Flatten(), nn.Linear(784, 64)], PLAIN, 32, 1),  # a block would cost more than it saves
+        ([nn.Flatten(), nn.Linear(784, 200)], HEAVY, 10, 1),
+        ([nn.Flatten(), nn.Linear(784, 200)], Sgd(0.1, weight_decay=0.1), 10, 1),
+        ([nn.Flatten(), nn.Linear(784, 200)], PLAIN, 0, 1),
+        ([nn.Flatten(), nn.Tanh(), nn.Linear(784, 200)], PLAIN, 10, 1),
+        ([nn.Conv2d(1, 200, 3), nn.Flatten(), nn.Linear(784, 200)], PLAIN, 10, 1),
+    ],
+    ids=str,
+)
+def test_when_the_first_layer_looks_ahead(leaves, sgd, batch_size, block):
+    assert worthwhile_block(leaves, sgd, batch_size) == block
 
 
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
@@ -241,12 +274,15 @@ def test_how_many_examples_are_gathered_at_once_changes_no_bit(monkeypatch, gath
 
 
 @settings(derandomize=True, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 20))
-def test_pieces_are_each_clients_batches_in_their_order(sizes, batch_size):
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 20), st.integers(1, 7))
+def test_pieces_are_each_clients_batches_in_their_order(sizes, batch_size, block):
     sizes = sorted(sizes, reverse=True)
     taken: list[list[tuple[int, int]]] = [[] for _ in sizes]
-    for piece in pieces(sizes, batch_size):
+    blocks: list[list[int]] = [[] for _ in sizes]
+    for piece in pieces(sizes, batch_size, block):
         assert piece.num_steps > 0
+        for k in range(len(sizes))[piece.clients]:
+            blocks[k] += [min(block, piece.num_steps - step) for step in range(0, piece.num_steps, block)]
         for k in range(len(sizes))[piece.clients]:
             taken[k] += [
                 (piece.start + step * piece.batch, piece.start + (step + 1) * piece.batch)
@@ -255,6 +291,10 @@ def test_pieces_are_each_clients_batches_in_their_order(sizes, batch_size):
     for size, batches in zip(sizes, taken, strict=True):
         cuts = range(0, size, batch_size or size)
         assert batches == [(cut, min(cut + (batch_size or size), size)) for cut in cuts]
+    alone = [[p for p in pieces([size], batch_size, block)] for size in sizes]
+    assert blocks == [
+        [min(block, p.num_steps - step) for p in own for step in range(0, p.num_steps, block)] for own in alone
+    ], "where a client's blocks lie does not depend on its neighbours"
 
 
 def test_equal_clients_take_every_step_together():

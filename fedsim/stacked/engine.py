@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim.stacked.layers import Layer
-from fedsim.stacked.stack import Stack, forward, infer
+from fedsim.stacked.lookahead import worthwhile_block
+from fedsim.stacked.stack import Stack, infer, leaves
+from fedsim.stacked.steps import train
 from fedsim.training import Chunk, Evaluation, Examples, Sgd, Trained, Work, pixels, score
 from fedsim.weights import Layout, Weights
 
-_GATHER = 1024
+_GATHER = 512
 """Examples brought together at once; a memory limit that changes no bit."""
-_VECTOR_BYTES, _ALIGNED_BYTES = 16, 64
-"""Of the smallest vector register, and of torch's own allocations."""
+_VECTOR_BYTES = 16
+"""Of the smallest vector register."""
 
 
 class Stacked:
@@ -37,6 +38,7 @@ class Stacked:
     def __init__(self, module: nn.Module, sgd: Sgd, batch_size: int, num_classes: int) -> None:
         self._module, self._sgd, self._batch_size, self._num_classes = module, sgd, batch_size, num_classes
         self._layout = Layout.of(module)
+        self._block = worthwhile_block([layer for _, layer in leaves(module)], sgd, batch_size)
         self._agreed: dict[tuple[int, ...], bool] = {}
 
     @torch.inference_mode()
@@ -49,7 +51,7 @@ class Stacked:
         num_steps = [0] * len(work)
         for epoch, orders in enumerate(zip(*(work[k].epochs for k in order), strict=True)):
             indices = nn.utils.rnn.pad_sequence(list(orders), batch_first=True)  # [K, n]
-            for piece in pieces(sizes, self._batch_size):
+            for piece in pieces(sizes, self._batch_size, self._block):
                 place = piece.clients, slice(piece.start, piece.stop)
                 losses[place[0], epoch, place[1]] = self._take(stack, piece, examples, indices[place])
                 for k in range(len(work))[piece.clients]:
@@ -74,84 +76,62 @@ class Stacked:
 
     def _take(self, stack: Stack, piece: Piece, examples: Examples, indices: Tensor) -> Tensor:
         """The steps of a piece, over the examples named by `indices` [K, S * B]; their losses, likewise [K, S * B]."""
-        num_clients, batch, first = len(indices), piece.batch, piece.clients.start
+        block = min(self._block, piece.num_steps)
+        steps = max(1, _GATHER // (len(indices) * piece.batch * block)) * block
         losses = []
-        for some in torch.split(indices, max(1, _GATHER // (num_clients * batch)) * batch, dim=1):
-            by_step = some.reshape(num_clients, -1, batch).transpose(0, 1)  # [S, K, B]
-            images = pixels(examples.images.index_select(0, by_step.flatten()), stack.flat.dtype)
-            images = images.view(*by_step.shape, *images.shape[1:])
-            labels = examples.labels.index_select(0, by_step.flatten()).view(by_step.shape)
-            targets = F.one_hot(labels, self._num_classes).to(images.dtype)
-            logits = torch.empty_like(targets)
-            is_aligned = images.stride(1) * images.itemsize % _ALIGNED_BYTES == 0
-            for clients in self._together(piece.clients, images):
-                layers, rows = stack.layers(clients), slice(clients.start - first, clients.stop - first)
-                for x, y, z in zip(images[:, rows], targets[:, rows], logits[:, rows], strict=True):
-                    z.copy_(_step(layers, x if is_aligned else x.clone(), y))
-            losses.append(-logits.log_softmax(3).gather(3, labels[..., None]).transpose(0, 1).flatten(1))
+        for some in torch.split(indices, steps * piece.batch, dim=1):
+            labels = examples.labels.index_select(0, some.flatten()).view(len(some), -1, piece.batch)
+            targets = F.one_hot(labels, self._num_classes).to(stack.flat.dtype)
+            images = pixels(examples.images.index_select(0, some.flatten()), stack.flat.dtype)
+            images = images.view(*labels.shape, *images.shape[1:])
+            log_probabilities = [
+                train(stack.layers(clients), images[rows], targets[rows], block)
+                for clients, rows in self._together(piece, block, images)
+            ]
+            losses.append(-torch.cat(log_probabilities).gather(3, labels[..., None]).flatten(1))
         return torch.cat(losses, dim=1)
 
     def _stack(self, weights: Tensor) -> Stack:
         return Stack(self._module, self._layout, self._sgd, weights)
 
-    def _together(self, clients: slice, images: Tensor) -> list[slice]:
-        """The groups of clients that compute as one: all, or each alone where the bits would not be the same."""
-        shape = tuple(images.shape[1:])
-        if shape not in self._agreed:
-            self._agreed[shape] = shape[0] == 1 or images.is_cuda or self._agrees(shape, images.dtype)
-        singles = [slice(k, k + 1) for k in range(clients.start, clients.stop)]
-        return [clients] if self._agreed[shape] else singles
+    def _together(self, piece: Piece, block: int, images: Tensor) -> list[tuple[slice, slice]]:
+        """The clients that compute as one, as rows of the stack and of the piece: all, or each alone.
 
-    def _agrees(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether a stack with images [K, B, ...] trains with the bits that each of its clients has alone.
+        Alone where the bits would not be the same.
+        """
+        first, last = piece.clients.start, piece.clients.stop
+        key = last - first, block, *images.shape[2:]
+        if key not in self._agreed:
+            self._agreed[key] = key[0] == 1 or images.is_cuda or self._agrees(key, images.dtype)
+        if self._agreed[key]:
+            return [(piece.clients, slice(0, last - first))]
+        return [(slice(k, k + 1), slice(k - first, k - first + 1)) for k in range(first, last)]
+
+    def _agrees(self, key: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether clients, blocks and images of these shapes train with the bits that each client has alone.
 
         Matrix products may round in another way where a client's values begin in the middle of a vector register; that
         is rare enough to escape a trial, so such shapes are out. The trial finds what else a kernel makes of a stack.
         """
+        num_clients, block, batch, *image_shape = key
         rng = torch.Generator().manual_seed(20170420)  # any values do: the rounding is a matter of the shapes
-        num_clients, batch = shape[:2]
         weights = torch.rand(num_clients, self._layout.num_values, generator=rng, dtype=dtype).sub_(0.5)
-        images = torch.rand(shape, generator=rng, dtype=dtype)
-        labels = torch.arange(num_clients * batch).remainder_(self._num_classes).view(num_clients, batch)
-        targets = F.one_hot(labels, self._num_classes).to(dtype)
-        stack, x = self._stack(weights), images
+        images = torch.rand(num_clients, 3 * block, batch, *image_shape, generator=rng, dtype=dtype)
+        labels = torch.arange(images[..., 0, 0, 0].numel()).remainder_(self._num_classes)
+        targets = F.one_hot(labels.view(images.shape[:3]), self._num_classes).to(dtype)
+        stack, x = self._stack(weights), images[:, 0]
         for layer in stack.layers(slice(0, num_clients)):
             x = layer.forward(x)
             if x.stride(0) * x.itemsize % _VECTOR_BYTES:
                 return False
-        logits = self._trial(stack, images, targets)
+        out = train(stack.layers(slice(0, num_clients)), images, targets, block)
         for k in range(num_clients):
-            client = slice(k, k + 1)
-            alone = self._stack(weights[client])
-            own = self._trial(alone, images[client], targets[client])
-            if not (torch.equal(alone.flat[0], stack.flat[k]) and torch.equal(own[0], logits[k])):
+            one = slice(k, k + 1)
+            alone = self._stack(weights[one])
+            own = train(alone.layers(slice(0, 1)), images[one].clone(), targets[one].clone(), block)
+            if not (torch.equal(alone.flat[0], stack.flat[k]) and torch.equal(own[0], out[k])):
                 return False
         return True
-
-    def _trial(self, stack: Stack, images: Tensor, targets: Tensor) -> Tensor:
-        layers = stack.layers(slice(0, len(images)))
-        for _ in range(3):
-            logits = _step(layers, images.clone(), targets)
-        return logits
-
-
-def _step(layers: list[Layer], images: Tensor, targets: Tensor) -> Tensor:
-    """One step of SGD on the mean cross-entropy of each client's batch.
-
-    Args:
-        layers: of the clients; their weights are changed.
-        images: shape [K, B, C, H, W].
-        targets: the labels as rows of the unit matrix. Shape [K, B, L].
-
-    Returns:
-        The logits before the step. Shape [K, B, L].
-    """
-    logits = forward(layers, images)
-    g = logits.softmax(-1).sub_(targets)
-    lowest = next(i for i, layer in enumerate(layers) if layer.is_trained)
-    for i in range(len(layers) - 1, lowest - 1, -1):
-        g = layers[i].backward(g, needs_input=i > lowest)
-    return logits
 
 
 class Piece(NamedTuple):
@@ -170,25 +150,29 @@ class Piece(NamedTuple):
         return self.start + self.batch * self.num_steps
 
 
-def pieces(sizes: Sequence[int], batch_size: int) -> Iterator[Piece]:
-    """Cuts an epoch into pieces of equal batches: first the full batches, then the short last ones.
+def pieces(sizes: Sequence[int], batch_size: int, block: int = 1) -> Iterator[Piece]:
+    """Cuts an epoch into pieces of equal batches: whole blocks of full ones, the other full ones, the short last ones.
 
     Args:
         sizes: each client's examples, the largest first.
         batch_size: B; 0 means a client's whole shard as one batch.
+        block: steps that belong together: where a client's blocks lie does not depend on its neighbours.
 
     Example:
         >>> [(p.clients.stop, p.start, p.batch, p.num_steps) for p in pieces([25, 25, 10], 10)]
         [(3, 0, 10, 1), (2, 10, 10, 1), (2, 20, 5, 1)]
     """
     full = [size // batch_size if batch_size else 0 for size in sizes]
+    in_blocks = [steps // block * block for steps in full]
     done = 0
     for count in range(len(sizes), 0, -1):  # as many as the smallest of the first `count` clients has
-        if full[count - 1] > done:
-            yield Piece(slice(0, count), done * batch_size, batch_size, full[count - 1] - done)
-            done = full[count - 1]
+        if in_blocks[count - 1] > done:
+            yield Piece(slice(0, count), done * batch_size, batch_size, in_blocks[count - 1] - done)
+            done = in_blocks[count - 1]
     for size, group in groupby(range(len(sizes)), key=sizes.__getitem__):
-        clients = list(group)
-        start = full[clients[0]] * batch_size
-        if size > start:
-            yield Piece(slice(clients[0], clients[-1] + 1), start, size - start, 1)
+        equal = list(group)
+        k, clients = equal[0], slice(equal[0], equal[-1] + 1)
+        if full[k] > in_blocks[k]:
+            yield Piece(clients, in_blocks[k] * batch_size, batch_size, full[k] - in_blocks[k])
+        if size > full[k] * batch_size:
+            yield Piece(clients, full[k] * batch_size, size - full[k] * batch_size, 1)

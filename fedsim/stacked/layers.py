@@ -11,7 +11,6 @@ Images are [K, B, C, H, W] with the channels innermost in memory, where pooling 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from fedsim.stacked.activations import GELU, Identity, ReLU, Sigmoid, Tanh
 from fedsim.stacked.parameter import Parameter
+from fedsim.stacked.products import product
 
 # The derivatives that autograd itself calls.
 convolution_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.aten.convolution_backward
@@ -69,19 +69,8 @@ class Linear:
         return torch.baddbmm(self._shift, x, self._transposed)
 
     def infer(self, x: Tensor) -> Tensor:
-        """As `forward`, of one client and with nothing kept: [1, N, I] -> [1, N, O].
-
-        oneDNN's products of many rows use all of the processor's vector width where torch's others may not: on AMD's
-        processors they are about twice as fast.
-        """
-        if x.dtype != torch.float32 or x.device.type != "cpu" or not _has_onednn():
-            return self.forward(x)
-        return F.linear(x[0].to_mkldnn(), *self._reordered).to_dense()[None]
-
-    @cached_property
-    def _reordered(self) -> list[Tensor]:
-        """Weight and bias as oneDNN takes them; the layer is not trained any more."""
-        return [parameter.value[0].to_mkldnn() for parameter in (self.weight, self.bias) if parameter]
+        """As `forward`, of one client and with nothing kept: [1, N, I] -> [1, N, O]."""
+        return product(x[0], self.weight.value[0], self.bias.value[0] if self.bias else None)[None]
 
     def backward(self, g: Tensor, *, needs_input: bool) -> Tensor:
         """See `Layer.backward`."""
@@ -204,10 +193,6 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return tensors[0][None]
     return torch.cat(tensors).view(len(tensors), *tensors[0].shape)
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _pair(value: Any) -> tuple[int, int]:

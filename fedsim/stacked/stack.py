@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from fedsim.stacked.layers import LAYERS, Conv2d, Layer, Linear
 from fedsim.stacked.parameter import Parameter
+from fedsim.stacked.products import aligned_like
 from fedsim.training import Sgd
 from fedsim.weights import Layout
 
 _INFERENCE = 100
 """Test images computed at once, so that what a convolution makes of them stays in the cache. Part of the results."""
-_ALIGNMENT = 16
-"""Each client's row begins at a multiple of this: a kernel may treat the ends of an unaligned row in another way."""
 
 
 class Stack:
@@ -34,8 +33,8 @@ class Stack:
 
     def __init__(self, module: nn.Module, layout: Layout, sgd: Sgd, weights: Tensor) -> None:
         self._module, self._layout, self._sgd = module, layout, sgd
-        self.flat = _aligned_like(weights).copy_(weights)
-        self._velocity = _aligned_like(weights).zero_() if sgd.momentum else None
+        self.flat = aligned_like(weights, *weights.shape).copy_(weights)
+        self._velocity = aligned_like(weights, *weights.shape).zero_() if sgd.momentum else None
         self._layers: dict[tuple[int, int], list[Layer]] = {}
 
     def layers(self, clients: slice) -> list[Layer]:
@@ -49,7 +48,7 @@ class Stack:
                 value = self.flat[place].view(-1, *entry.shape)
                 velocity = None if self._velocity is None else self._velocity[place].view(-1, *entry.shape)
                 own.setdefault(layer, {})[name] = Parameter(value, velocity, self._sgd)
-            self._layers[key] = [LAYERS[type(m)](m, own.get(name, {})) for name, m in _leaves(self._module)]
+            self._layers[key] = [LAYERS[type(m)](m, own.get(name, {})) for name, m in leaves(self._module)]
         return self._layers[key]
 
 
@@ -84,7 +83,7 @@ def obstacle(module: nn.Module, input_shape: tuple[int, ...]) -> str | None:
     for name, part in module.named_modules():
         if any(hooks for key, hooks in vars(part).items() if key.endswith("_hooks")) or "forward" in vars(part):
             return f"layer {name}, {type(part).__name__}, has hooks or a forward of its own"
-    for name, layer in _leaves(module):
+    for name, layer in leaves(module):
         called, parts = f"layer {name}, {type(layer).__name__},", {id(p) for p in (layer, *layer.parameters())}
         if type(layer) not in LAYERS:
             return f"{called} is none of {', '.join(kind.__name__ for kind in LAYERS)}"
@@ -111,18 +110,12 @@ def _trial(module: nn.Sequential, input_shape: tuple[int, ...]) -> str | None:
     return None if is_equal else "its layers give other outputs in a stack than alone"
 
 
-def _leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def leaves(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The layers of nested `nn.Sequential`s in the order in which they run, with their names."""
     for name, child in module._modules.items():  # not named_children: it leaves out a layer's second use
         if child is None:
             continue
         if type(child) is nn.Sequential:
-            yield from _leaves(child, f"{prefix}{name}.")
+            yield from leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
-
-
-def _aligned_like(weights: Tensor) -> Tensor:
-    """An uninitialised matrix of the same shape [K, D], each row aligned."""
-    num_clients, num_values = weights.shape
-    return weights.new_empty(num_clients, -(-num_values // _ALIGNMENT) * _ALIGNMENT)[:, :num_values]
