@@ -291,7 +291,7 @@ def test_pieces_are_each_clients_batches_in_their_order(sizes, batch_size, block
     for size, batches in zip(sizes, taken, strict=True):
         cuts = range(0, size, batch_size or size)
         assert batches == [(cut, min(cut + (batch_size or size), size)) for cut in cuts]
-    alone = [[p for p in pieces([size], batch_size, block)] for size in sizes]
+    alone = [list(pieces([size], batch_size, block)) for size in sizes]
     assert blocks == [
         [min(block, p.num_steps - step) for p in own for step in range(0, p.num_steps, block)] for own in alone
     ], "where a client's blocks lie does not depend on its neighbours"
