@@ -59,7 +59,9 @@ def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     else:
         from fedsim.actors.ray_pool import RayPool
 
-        pool = RayPool(plan, spec, x.dataset, x.partition, x.config.failures.max_retries)
+        pool = RayPool(
+            plan, spec, x.dataset, x.partition, x.config.failures.max_retries, x.cohort_size, x.initial_weights
+        )
     with contextlib.closing(pool):
         yield pool
 

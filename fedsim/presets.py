@@ -21,6 +21,9 @@ _MCMAHAN_2NN: dict[str, Any] = {
     "placement.mode": "packed",
 }
 
+# More clients than processes would fit: `auto` packs them.
+_HUNDREDS: dict[str, Any] = {**_MCMAHAN_2NN, "training.local_epochs": 5, "placement.mode": "auto", "rounds": 50}
+
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "mnist": (
         "10 clients, each its own Ray actor, all in each of 5 rounds; the default",
@@ -38,6 +41,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "cnn-iid": (
         "McMahan et al. 2017: CNN, 100 clients, 10 a round, IID, 5 local epochs",
         {**_MCMAHAN_2NN, "model.name": "cnn", "training.local_epochs": 5, "rounds": 20},
+    ),
+    "hundreds": (
+        "300 clients of 200 examples on one workstation, 30 a round",
+        {**_HUNDREDS, "clients.count": 300, "clients.per_round": 30},
+    ),
+    "thousand": (
+        "1,000 clients of 60 examples on one workstation, 100 a round",
+        {**_HUNDREDS, "clients.count": 1000, "clients.per_round": 100},
     ),
 }
 

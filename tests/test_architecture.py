@@ -53,6 +53,7 @@ LAYERS = (
         "actors",
         "actors.serial",
         "actors.connection",
+        "actors.slab",
         "actors.ray_pool",
     ),
     ("experiment",),

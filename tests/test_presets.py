@@ -27,6 +27,12 @@ MCMAHAN = {
     "placement": {"mode": "packed"},
     "rounds": 100,
 }
+HUNDREDS = {
+    **MCMAHAN,
+    "training": {**MCMAHAN["training"], "local_epochs": 5},
+    "placement": {"mode": "auto"},
+    "rounds": 50,
+}
 CONTRACT: dict[str, dict[str, Any]] = {
     "mnist": MNIST,
     "seed": {**MNIST, "clients": {"count": 2, "per_round": "all"}, "rounds": 2},
@@ -38,6 +44,8 @@ CONTRACT: dict[str, dict[str, Any]] = {
         "training": {**MCMAHAN["training"], "local_epochs": 5},
         "rounds": PRESETS["cnn-iid"][1]["rounds"],  # how long it goes on is free
     },
+    "hundreds": {**HUNDREDS, "clients": {"count": 300, "per_round": 30}},
+    "thousand": {**HUNDREDS, "clients": {"count": 1000, "per_round": 100}},
 }
 
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from fedsim.actors import FitResult, PoolInfo
+from fedsim.actors.slab import Slab, SlabAddress
 from fedsim.client import (
     ClientHost,
     ClientSpec,
@@ -28,6 +30,9 @@ from fedsim.placement import Plan
 from fedsim.training import Evaluation
 from fedsim.weights import Weights
 
+_IN_SLAB = np.empty(0, np.float32)
+"""Stands for the values of an update that are in the slab."""
+
 _ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -37,16 +42,28 @@ class _HostActor:
     It has no constructor: what goes wrong in one looks like a dead actor, in a method like the bug that it is.
     """
 
-    def load(self, spec: ClientSpec, num_gpus: float, dataset: Dataset, partition: Partition) -> HostInfo:
+    def load(
+        self, spec: ClientSpec, num_gpus: float, dataset: Dataset, partition: Partition, slab: SlabAddress | None
+    ) -> HostInfo:
         set_numerics(spec.threads)
+        self.rows = slab.attach() if slab else None
         self.host = ClientHost(spec, _assigned_device(num_gpus))
         return self.host.load(dataset, partition)
 
-    def fit(self, arrays: tuple[Any, Any], tasks: list[FitTask]) -> list[ClientUpdate]:
-        return self.host.fit(Weights.of_arrays(arrays), tasks)
+    def fit(self, arrays: tuple[Any, Any], tasks: list[FitTask], rows: list[int]) -> list[ClientUpdate]:
+        updates = self.host.fit(Weights.of_arrays(arrays), tasks)
+        return (
+            updates if self.rows is None else [_left(u, self.rows[row]) for u, row in zip(updates, rows, strict=True)]
+        )
 
     def evaluate(self, arrays: tuple[Any, Any], round: int, chunks: list[tuple[int, int]]) -> list[Evaluation]:
         return self.host.evaluate(round, Weights.of_arrays(arrays), chunks)
+
+
+def _left(update: ClientUpdate, row: np.ndarray) -> ClientUpdate:
+    """An update whose values are left in a row of the slab."""
+    row[:] = update.update
+    return replace(update, update=_IN_SLAB)
 
 
 def _assigned_device(num_gpus: float) -> str:
@@ -79,20 +96,35 @@ class RayPool:
         dataset: put into the object store once; the actors of a node read one copy.
         partition: likewise.
         max_retries: of a piece of work after its actor died.
+        cohort_size: clients of a round.
+        weights: of the size and type of those to come.
 
     Raises:
         RunFailedError: the actors cannot be started, or do not compute the same bits.
     """
 
-    def __init__(self, plan: Plan, spec: ClientSpec, dataset: Dataset, partition: Partition, max_retries: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        spec: ClientSpec,
+        dataset: Dataset,
+        partition: Partition,
+        max_retries: int,
+        cohort_size: int,
+        weights: Weights,
+    ) -> None:
         self._plan, self._max_retries = plan, max_retries
         self._chunks = evaluation_chunks(dataset)
         self._num_examples = partition.num_examples
         self._weights: tuple[Weights, ray.ObjectRef] | None = None
         self._actors: list[Any] = []
+        self._slab: Slab | None = None
+        if Slab.is_possible():
+            self._slab = Slab(cohort_size, len(weights.flat), weights.flat.numpy().dtype)
         try:
             self._actors = [self._start() for _ in range(plan.num_actors)]
-            self._load_arguments = (ray.put(spec), plan.num_gpus, ray.put(dataset), ray.put(partition))
+            address = self._slab.address if self._slab else None
+            self._load_arguments = (ray.put(spec), plan.num_gpus, ray.put(dataset), ray.put(partition), address)
             answers = self._gather([_Call(actor, "load", self._load_arguments) for actor in range(plan.num_actors)])
             self.info = _common_info([cast(HostInfo, answer) for _, answer in answers])
         except BaseException:
@@ -101,15 +133,23 @@ class RayPool:
 
     def fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> list[FitResult]:
         """See `Pool.fit`."""
-        ref = self._put(weights)
+        ref, rows = self._put(weights), {client_id: row for row, client_id in enumerate(sorted(cohort))}
         calls = [
-            _Call(actor, "fit", (ref, [FitTask(round, client_id) for client_id in clients]))
+            _Call(actor, "fit", (ref, [FitTask(round, c) for c in clients], [rows[c] for c in clients]))
             for actor, clients in self._assign(cohort).items()
         ]
         results = [
-            FitResult(update, call.actor, call.attempt) for call, updates in self._gather(calls) for update in updates
+            FitResult(self._with_values(update, rows[update.client_id]), call.actor, call.attempt)
+            for call, updates in self._gather(calls)
+            for update in updates
         ]
         return sorted(results, key=lambda result: result.update.client_id)
+
+    def _with_values(self, update: ClientUpdate, row: int) -> ClientUpdate:
+        """The update as a whole, also where its values were left in the slab: valid until the next round."""
+        if self._slab is None or len(update.update):
+            return update
+        return replace(update, update=self._slab.rows[row])
 
     def evaluate(self, round: int, weights: Weights) -> Evaluation:
         """See `Pool.evaluate`."""
@@ -131,6 +171,9 @@ class RayPool:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+        if self._slab:
+            self._slab.close()
+            self._slab = None
 
     def _start(self) -> Any:
         options = {"num_cpus": self._plan.num_cpus, "num_gpus": self._plan.num_gpus, "max_restarts": 0}
