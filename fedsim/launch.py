@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 from fedsim.actors import Pool
@@ -34,16 +35,19 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
     Raises:
         PlanError: the clients do not fit, or no Ray answers at the address.
     """
-    node = local_node()
-    if _is_alone(x):
-        plan = _plan(x, node)  # refuses what does not fit before a Ray is started
+    is_alone = _is_alone(x)
+    if is_alone:
+        plan = _plan(x, local_node())  # refuses what does not fit before a Ray is started
     if x.config.placement.mode == "serial":
         yield plan
         return
     from fedsim.actors import connection  # imports ray, which a serial run does without
 
-    with connection.connect(x.address, node, _store_bytes(x), debug=debug) as nodes:
-        plan = _plan(x, *nodes)
+    # A private Ray gets no more CPUs than the actors are pinned to: it starts a worker for each at once.
+    num_cpus = math.ceil(plan.num_actors * plan.num_cpus) if is_alone else 0
+    with connection.connect(x.address, num_cpus, _store_bytes(x), debug=debug) as nodes:
+        if not is_alone:
+            plan = _plan(x, *nodes)
         if not connection.has_room(plan):  # others use this Ray: what is left must do, or the plan is refused
             plan = _plan(x, *connection.free_nodes())
         yield plan

@@ -8,10 +8,13 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import ray
-from ray._private import ray_constants, services
+from ray._private import node as ray_node
+from ray._private import parameter, ray_constants, services
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
@@ -20,13 +23,13 @@ from fedsim.placement import Node, Plan, capacity
 
 
 @contextlib.contextmanager
-def connect(address: str, node: Node, store_bytes: int, *, debug: bool = False) -> Iterator[tuple[Node, ...]]:
+def connect(address: str, num_cpus: int, store_bytes: int, *, debug: bool = False) -> Iterator[tuple[Node, ...]]:
     """A Ray to run on: the one this process already uses, a private one, or a cluster.
 
     Args:
         address: "local" starts a private Ray that is reachable from this machine only and stops it at the end;
             anything else joins that Ray.
-        node: this machine, for a private Ray.
+        num_cpus: what a private Ray gives out. It starts as many workers at once, before any actor is asked for.
         store_bytes: size of a private Ray's object store.
         debug: shows what the actors print.
 
@@ -42,10 +45,10 @@ def connect(address: str, node: Node, store_bytes: int, *, debug: bool = False) 
     try:
         with _signals_held():
             if address == "local":
-                with _private_ray_environment():
+                with _private_ray_environment(), _lean_start(debug):
                     ray.init(
                         address="local",
-                        num_cpus=max(1, int(node.num_cpus)),
+                        num_cpus=num_cpus,
                         object_store_memory=store_bytes,
                         include_dashboard=False,
                         log_to_driver=debug,
@@ -108,18 +111,58 @@ def is_connected() -> bool:
 @contextlib.contextmanager
 def _private_ray_environment() -> Iterator[None]:
     """What a private Ray's own processes are started with; this process is left as it was."""
-    niceness = os.environ.get("RAY_worker_niceness")
-    clusters_allowed = ray_constants.ENABLE_RAY_CLUSTER
-    # Ray opens its ports on all interfaces, except on systems where it forms no clusters: there, on loopback. The
-    # environment variable behind this is read when ray is imported, which may be long ago. A test looks at the ports.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ.setdefault("RAY_worker_niceness", "0")  # the clients are the work, not a background job
+    settings = {
+        "RAY_worker_niceness": "0",  # the clients are the work, not a background job
+        "RAY_preload_python_modules": "fedsim.client",  # torch: workers import it before they are asked for
+    }
+    added = [name for name in settings if name not in os.environ]
+    os.environ.update({name: settings[name] for name in added})
+    try:
+        # Ray opens its ports on all interfaces, except on systems where it forms no clusters: there, on loopback. The
+        # environment variable behind this is read when ray is imported, which may be long ago. A test looks at the ports.
+        with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
+            yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+@contextlib.contextmanager
+def _lean_start(debug: bool) -> Iterator[None]:
+    """Leaves out what a private Ray of one machine does not need; half of the seconds that `ray.init` takes.
+
+    `ray.init` itself has no way to say so. Where another version of Ray has not what is replaced, it starts as it does.
+    """
+    needed = partial(parameter.RayParams, no_monitor=True, include_log_monitor=debug)  # no autoscaler, no log reader
+    with (
+        _replaced(parameter, "RayParams", needed),
+        _replaced(ray_node.Node, "start_api_server", lambda self, **_: None),  # starts even with include_dashboard=False
+        _replaced(services, "get_node", partial(_get_node, services.get_node)),
+    ):
+        yield
+
+
+def _get_node(original: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
+    """The new node, once it has told Ray that it is up: Ray's own look is repeated only every second."""
+    client = ray._raylet.GcsClient(address=gcs_address)
+    end = time.monotonic() + 30
+    while not client.get_all_node_info(timeout=10) and time.monotonic() < end:
+        time.sleep(0.01)
+    return original(gcs_address, node_id)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an attribute another value for a while, if there is one of that name."""
+    if not hasattr(owner, name):
+        yield
+        return
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters_allowed
-        if niceness is None:
-            del os.environ["RAY_worker_niceness"]
+        setattr(owner, name, before)
 
 
 def has_room(plan: Plan, timeout_s: float = 10.0) -> bool:
