@@ -1,15 +1,54 @@
-"""From checked parts to running hosts: the plan, the Ray it needs, and the pool."""
+"""From a configuration to running hosts: the Ray that it needs, the plan, and the pool."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedsim.actors import Pool
-from fedsim.actors.serial import SerialPool
-from fedsim.experiment import Experiment
+import psutil
+
+from fedsim.config import Config
 from fedsim.placement import Node, Plan, local_node, make_plan
+from fedsim.resolution import address, resolve
+from fedsim.sampling import cohort_size
+
+if TYPE_CHECKING:
+    from fedsim.actors import Pool
+    from fedsim.experiment import Experiment
+
+
+@contextlib.contextmanager
+def early_ray(config: Config, *, debug: bool = False) -> Iterator[None]:
+    """Starts the private Ray that a run of this configuration will use, if it uses one; stops it at the end.
+
+    To be entered before torch is imported: the workers import it at the same time as this process.
+
+    Raises:
+        ConfigError, PlanError: what can be known to be wrong without torch; nothing was started.
+    """
+    config = resolve(config)
+    placement, clients = config.placement, config.clients
+    if placement.mode == "serial" or address(config) != "local" or placement.num_gpus not in ("auto", 0):
+        yield
+        return
+    from fedsim.actors import connection
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = psutil.virtual_memory().available
+    plan = make_plan(  # before the model's size is known; the final plan asks for no more
+        placement,
+        num_clients=clients.count,
+        cohort_size=cohort_size(clients.per_round, clients.count),
+        model_bytes=0,
+        nodes=(Node(cpus, 0, free),),
+    )
+    with connection.connect("local", _ray_cpus(plan), _early_store_bytes(free), debug=debug):
+        yield
 
 
 def preview(x: Experiment) -> Plan:
@@ -43,8 +82,7 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
         return
     from fedsim.actors import connection  # imports ray, which a serial run does without
 
-    # A private Ray gets no more CPUs than the actors are pinned to: it starts a worker for each at once.
-    num_cpus = math.ceil(plan.num_actors * plan.num_cpus) if is_alone else 0
+    num_cpus = _ray_cpus(plan) if is_alone else 0  # a cluster has its own
     with connection.connect(x.address, num_cpus, _store_bytes(x), debug=debug) as nodes:
         if not is_alone:
             plan = _plan(x, *nodes)
@@ -56,8 +94,11 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
 @contextlib.contextmanager
 def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     """Starts the hosts of the clients, and stops them at the end."""
+    pool: Pool
     if plan.mode == "serial":
-        pool: Pool = SerialPool(x.spec, x.dataset, x.partition)
+        from fedsim.actors.serial import SerialPool
+
+        pool = SerialPool(x.spec, x.dataset, x.partition)
     else:
         from fedsim.actors.ray_pool import RayPool
 
@@ -67,12 +108,12 @@ def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
 
 
 def _is_alone(x: Experiment) -> bool:
-    """Whether the run has this machine for itself: serial, or on a private Ray that is not started yet."""
+    """Whether the run has this machine for itself: serial, or on a private Ray."""
     if x.config.placement.mode == "serial":
         return True
     from fedsim.actors import connection
 
-    return x.address == "local" and not connection.is_connected()
+    return x.address == "local" and (connection.is_private() or not connection.is_connected())
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:
@@ -89,3 +130,16 @@ def _store_bytes(x: Experiment) -> int:
     """What a private Ray's object store must hold: data, weights and a round's updates, twice over."""
     images = x.dataset.train_images.nbytes + x.dataset.test_images.nbytes
     return 2 * (images + x.partition.indices.nbytes + (x.cohort_size + 2) * x.model_bytes) + 100_000_000
+
+
+def _ray_cpus(plan: Plan) -> int:
+    """CPUs of a private Ray: what the actors are pinned to and no more, as it starts a worker for each at once."""
+    return math.ceil(plan.num_actors * plan.num_cpus)
+
+
+def _early_store_bytes(free_bytes: int) -> int:
+    """What the object store of an early Ray may grow to, while data and model are unknown."""
+    num_bytes = min(free_bytes // 4, 8_000_000_000)
+    if Path("/dev/shm").is_dir():  # where Ray puts it, if it fits
+        num_bytes = min(num_bytes, int(0.9 * shutil.disk_usage("/dev/shm").free))
+    return max(num_bytes, 200_000_000)

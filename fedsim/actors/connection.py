@@ -21,6 +21,8 @@ from ray.exceptions import RayError
 from fedsim.errors import PlanError
 from fedsim.placement import Node, Plan, capacity
 
+_is_private = False  # a process has one Ray at a time
+
 
 @contextlib.contextmanager
 def connect(address: str, num_cpus: int, store_bytes: int, *, debug: bool = False) -> Iterator[tuple[Node, ...]]:
@@ -39,12 +41,14 @@ def connect(address: str, num_cpus: int, store_bytes: int, *, debug: bool = Fals
     Raises:
         PlanError: nobody answers at the address.
     """
-    if is_connected():  # the caller's own Ray, left running
+    global _is_private
+    if is_connected():  # the caller's own Ray, or the private one of an outer `connect`: left running
         yield _nodes()
         return
     try:
         with _signals_held():
             if address == "local":
+                _is_private = True
                 with _private_ray_environment(), _lean_start(debug):
                     ray.init(
                         address="local",
@@ -59,6 +63,7 @@ def connect(address: str, num_cpus: int, store_bytes: int, *, debug: bool = Fals
         yield _nodes()
     finally:
         ray.shutdown()
+        _is_private = False
 
 
 def _join(address: str, debug: bool) -> None:
@@ -108,6 +113,11 @@ def is_connected() -> bool:
     return bool(ray.is_initialized())
 
 
+def is_private() -> bool:
+    """Whether the Ray that this process uses was started by `connect`, for itself alone."""
+    return _is_private and is_connected()
+
+
 @contextlib.contextmanager
 def _private_ray_environment() -> Iterator[None]:
     """What a private Ray's own processes are started with; this process is left as it was."""
@@ -119,7 +129,7 @@ def _private_ray_environment() -> Iterator[None]:
     os.environ.update({name: settings[name] for name in added})
     try:
         # Ray opens its ports on all interfaces, except on systems where it forms no clusters: there, on loopback. The
-        # environment variable behind this is read when ray is imported, which may be long ago. A test looks at the ports.
+        # environment variable behind this is read when ray is imported, maybe long ago. A test looks at the ports.
         with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
             yield
     finally:
@@ -136,7 +146,7 @@ def _lean_start(debug: bool) -> Iterator[None]:
     needed = partial(parameter.RayParams, no_monitor=True, include_log_monitor=debug)  # no autoscaler, no log reader
     with (
         _replaced(parameter, "RayParams", needed),
-        _replaced(ray_node.Node, "start_api_server", lambda self, **_: None),  # starts even with include_dashboard=False
+        _replaced(ray_node.Node, "start_api_server", lambda self, **_: None),  # include_dashboard=False starts one too
         _replaced(services, "get_node", partial(_get_node, services.get_node)),
     ):
         yield
