@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def early_ray(config: Config, *, debug: bool = False) -> Iterator[None]:
     """Starts the private Ray that a run of this configuration will use, if it uses one; stops it at the end.
 
-    To be entered before torch is imported: the workers import it at the same time as this process.
+    To be entered before torch is imported: this process and the workers do it while Ray starts.
 
     Raises:
         ConfigError, PlanError: what can be known to be wrong without torch; nothing was started.
@@ -47,7 +47,8 @@ def early_ray(config: Config, *, debug: bool = False) -> Iterator[None]:
         model_bytes=0,
         nodes=(Node(cpus, 0, free),),
     )
-    with connection.connect("local", _ray_cpus(plan), _early_store_bytes(free), debug=debug):
+    store_bytes = _early_store_bytes(free)
+    with connection.connect("local", _ray_cpus(plan), store_bytes, meanwhile=_import_parts, debug=debug):
         yield
 
 
@@ -130,6 +131,10 @@ def _store_bytes(x: Experiment) -> int:
     """What a private Ray's object store must hold: data, weights and a round's updates, twice over."""
     images = x.dataset.train_images.nbytes + x.dataset.test_images.nbytes
     return 2 * (images + x.partition.indices.nbytes + (x.cohort_size + 2) * x.model_bytes) + 100_000_000
+
+
+def _import_parts() -> None:
+    import fedsim.experiment  # noqa: F401 - brings torch, a second's work
 
 
 def _ray_cpus(plan: Plan) -> int:

@@ -232,9 +232,7 @@ def test_a_private_ray_listens_on_loopback_only_and_leaves_nothing_behind():
     assert num_ports >= 4  # the gcs server, the raylet, the workers
     assert set(ips) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert not is_initialized
-    assert (
-        4 <= num_processes <= 6
-    )  # gcs server, raylet, its two agents, two workers: each more costs a part of the start
+    assert 4 <= num_processes <= 6  # gcs server, raylet, its two agents, two workers: more would cost time
     assert num_left == 0
     assert set(changed) <= {"RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}  # Ray's own
 

@@ -25,7 +25,14 @@ _is_private = False  # a process has one Ray at a time
 
 
 @contextlib.contextmanager
-def connect(address: str, num_cpus: int, store_bytes: int, *, debug: bool = False) -> Iterator[tuple[Node, ...]]:
+def connect(
+    address: str,
+    num_cpus: int,
+    store_bytes: int,
+    *,
+    meanwhile: Callable[[], object] = lambda: None,
+    debug: bool = False,
+) -> Iterator[tuple[Node, ...]]:
     """A Ray to run on: the one this process already uses, a private one, or a cluster.
 
     Args:
@@ -33,6 +40,7 @@ def connect(address: str, num_cpus: int, store_bytes: int, *, debug: bool = Fals
             anything else joins that Ray.
         num_cpus: what a private Ray gives out. It starts as many workers at once, before any actor is asked for.
         store_bytes: size of a private Ray's object store.
+        meanwhile: called while a private Ray's processes start, if this is possible: an import, say.
         debug: shows what the actors print.
 
     Yields:
@@ -49,7 +57,7 @@ def connect(address: str, num_cpus: int, store_bytes: int, *, debug: bool = Fals
         with _signals_held():
             if address == "local":
                 _is_private = True
-                with _private_ray_environment(), _lean_start(debug):
+                with _private_ray_environment(), _lean_start(meanwhile, debug):
                     ray.init(
                         address="local",
                         num_cpus=num_cpus,
@@ -138,7 +146,7 @@ def _private_ray_environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lean_start(debug: bool) -> Iterator[None]:
+def _lean_start(meanwhile: Callable[[], object], debug: bool) -> Iterator[None]:
     """Leaves out what a private Ray of one machine does not need; half of the seconds that `ray.init` takes.
 
     `ray.init` itself has no way to say so. Where another version of Ray has not what is replaced, it starts as it does.
@@ -147,13 +155,17 @@ def _lean_start(debug: bool) -> Iterator[None]:
     with (
         _replaced(parameter, "RayParams", needed),
         _replaced(ray_node.Node, "start_api_server", lambda self, **_: None),  # include_dashboard=False starts one too
-        _replaced(services, "get_node", partial(_get_node, services.get_node)),
+        _replaced(services, "get_node", partial(_get_node, services.get_node, meanwhile)),
     ):
         yield
 
 
-def _get_node(original: Callable[[str, str], Any], gcs_address: str, node_id: str) -> Any:
+def _get_node(original: Callable[..., Any], meanwhile: Callable[[], object], gcs_address: str, node_id: str) -> Any:
     """The new node, once it has told Ray that it is up: Ray's own look is repeated only every second."""
+    with contextlib.suppress(
+        Exception
+    ):  # what is wrong comes up again where it is needed; here Ray would be half started
+        meanwhile()
     client = ray._raylet.GcsClient(address=gcs_address)
     end = time.monotonic() + 30
     while not client.get_all_node_info(timeout=10) and time.monotonic() < end:
