@@ -272,6 +272,28 @@ def test_ray_starts_before_torch_is_imported_and_with_no_more_workers_than_actor
         assert refused.stderr.startswith("fedsim: ")
 
 
+TERMINATED = """
+import signal, sys
+import fedsim.cli
+from ray._private.node import Node
+start = Node.start_ray_processes
+def during(self):
+    start(self)
+    signal.raise_signal(signal.SIGTERM)
+Node.start_ray_processes = during
+fedsim.cli.main(["run", "seed", "--set", "data.dataset=synthetic"])
+"""
+
+
+def test_sigterm_while_ray_starts_ends_the_run_in_its_own_words(tmp_path):
+    """ray.init would exit with 15, without a word, and leave its agents behind."""
+    answer = subprocess.run(
+        [sys.executable, "-c", TERMINATED], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False
+    )
+    assert (answer.returncode, answer.stderr) == (130, "fedsim: interrupted: no round was finished\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_cluster_is_joined_by_its_address(shared_ray, reference):
     program = (
         "import fedsim, sys, json; from fedsim.config import Config;"

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 from ray._private import node as ray_node
-from ray._private import parameter, ray_constants, services
+from ray._private import parameter, ray_constants, services, utils
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
@@ -90,7 +90,7 @@ def _join(address: str, debug: bool) -> None:
 def _signals_held() -> Iterator[None]:
     """Puts Ctrl-C and SIGTERM off until the end: an interrupted ray.init crashes the process when it exits.
 
-    ray.init takes SIGTERM for itself, and its own way out is an abort: the caller's handlers are put back.
+    ray.init would take SIGTERM for itself, with an exit of its own that leaves processes behind.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -101,7 +101,8 @@ def _signals_held() -> Iterator[None]:
     for number in numbers:
         signal.signal(number, lambda number, frame: held.append(number))
     try:
-        yield
+        with _replaced(utils, "set_sigterm_handler", lambda handler: None):
+            yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
