@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def preview(x: Experiment) -> Plan:
         PlanError: as `connect`.
     """
     if _is_alone(x):
-        return _plan(x, local_node())
+        return _plan(x, _this_machine(x))
     with connect(x) as plan:
         return plan
 
@@ -77,7 +78,7 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
     """
     is_alone = _is_alone(x)
     if is_alone:
-        plan = _plan(x, local_node())  # refuses what does not fit before a Ray is started
+        plan = _plan(x, _this_machine(x))  # refuses what does not fit before any actor is asked for
     if x.config.placement.mode == "serial":
         yield plan
         return
@@ -114,7 +115,17 @@ def _is_alone(x: Experiment) -> bool:
         return True
     from fedsim.actors import connection
 
-    return x.address == "local" and (connection.is_private() or not connection.is_connected())
+    return x.address == "local" and (connection.free_before_start() is not None or not connection.is_connected())
+
+
+def _this_machine(x: Experiment) -> Node:
+    """This machine as a run that is alone has it: the idle workers of an early Ray will be its actors."""
+    node = local_node()
+    if x.config.placement.mode == "serial":
+        return node
+    from fedsim.actors import connection
+
+    return replace(node, memory_bytes=connection.free_before_start() or node.memory_bytes)
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import psutil
 import ray
 from ray._private import node as ray_node
 from ray._private import parameter, ray_constants, services, utils
@@ -21,7 +22,7 @@ from ray.exceptions import RayError
 from fedsim.errors import PlanError
 from fedsim.placement import Node, Plan, capacity
 
-_is_private = False  # a process has one Ray at a time
+_free_bytes: int | None = None  # when the private Ray started; a process has one Ray at a time
 
 
 @contextlib.contextmanager
@@ -49,14 +50,14 @@ def connect(
     Raises:
         PlanError: nobody answers at the address.
     """
-    global _is_private
+    global _free_bytes
     if is_connected():  # the caller's own Ray, or the private one of an outer `connect`: left running
         yield _nodes()
         return
     try:
         with _signals_held():
             if address == "local":
-                _is_private = True
+                _free_bytes = psutil.virtual_memory().available
                 with _private_ray_environment(), _lean_start(meanwhile, debug):
                     ray.init(
                         address="local",
@@ -71,7 +72,7 @@ def connect(
         yield _nodes()
     finally:
         ray.shutdown()
-        _is_private = False
+        _free_bytes = None
 
 
 def _join(address: str, debug: bool) -> None:
@@ -122,9 +123,9 @@ def is_connected() -> bool:
     return bool(ray.is_initialized())
 
 
-def is_private() -> bool:
-    """Whether the Ray that this process uses was started by `connect`, for itself alone."""
-    return _is_private and is_connected()
+def free_before_start() -> int | None:
+    """Free memory when `connect` started the private Ray that this process uses; None if it uses none or another."""
+    return _free_bytes if is_connected() else None
 
 
 @contextlib.contextmanager
