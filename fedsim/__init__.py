@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from fedsim.results import load_runs as load_runs
     from fedsim.simulation import rounds as rounds
     from fedsim.strategies import Strategy as Strategy
+    from fedsim.verification import replay as replay
+    from fedsim.verification import verify as verify
 
 __version__ = _version("fedsim")
 
 _HOME = {
     "run": "recording",
     "rounds": "simulation",
+    "verify": "verification",
+    "replay": "verification",
     "load_run": "results",
     "load_runs": "results",
     "preset": "presets",

@@ -6,27 +6,29 @@ holds one: the same code, hence the same bits.
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import math
 import operator
 import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim import models, training, weights
 from fedsim.config import TrainingConfig
 from fedsim.datasets import Dataset
 from fedsim.errors import ClientError
+from fedsim.fingerprint import fingerprint
 from fedsim.partition import Partition
 from fedsim.seeding import generator, torch_seed
+from fedsim.stacked import Stacked
+from fedsim.training import Chunk, Engine, Evaluation, Loop, Sgd, Work
 from fedsim.weights import Layout, Weights
 
 
@@ -61,23 +63,6 @@ class ClientUpdate:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Sums over a chunk of the test set, or over all of it."""
-
-    loss_sum: float
-    """nats, float64."""
-    num_correct: int
-    num_examples: int
-
-    def __add__(self, other: Evaluation) -> Evaluation:
-        return Evaluation(
-            self.loss_sum + other.loss_sum,
-            self.num_correct + other.num_correct,
-            self.num_examples + other.num_examples,
-        )
-
-
-@dataclass(frozen=True)
 class HostInfo:
     """Where a host runs, and the fingerprint of its arithmetic."""
 
@@ -98,6 +83,10 @@ class ClientSpec:
     num_classes: int
     threads: int = 1
     """Torch threads: part of the promise of equal bits."""
+    engine: str = "loop"
+    """loop or stacked."""
+    stack_size: int = 1
+    """At most so many clients of a host train in one computation; the bits do not depend on it."""
 
 
 class ClientHost:
@@ -111,8 +100,9 @@ class ClientHost:
     def __init__(self, spec: ClientSpec, device: str = "cpu") -> None:
         self.spec = spec
         self.device = torch.device(device)
-        self._pristine = models.build(spec.model, spec.input_shape, spec.num_classes, spec.seed).to(self.device)
-        self.layout = Layout.of(self._pristine)
+        module = models.build(spec.model, spec.input_shape, spec.num_classes, spec.seed).to(self.device)
+        self.layout = Layout.of(module)
+        self._engine = _engine(spec, module)
 
     def load(self, dataset: Dataset, partition: Partition) -> HostInfo:
         """Takes the data set; arrays are read in place, never written.
@@ -123,88 +113,79 @@ class ClientHost:
         self.partition = partition
         self.train_set = self._examples(dataset.train_images, dataset.train_labels)
         self.test_set = self._examples(dataset.test_images, dataset.test_labels)
-        return HostInfo(os.getpid(), platform.node(), str(self.device), training.fingerprint(self.device))
+        return HostInfo(os.getpid(), platform.node(), str(self.device), fingerprint(self.device))
 
     def fit(self, global_weights: Weights, tasks: Sequence[FitTask]) -> list[ClientUpdate]:
-        """Trains some clients, each from the global weights.
+        """Trains some clients, each from the global weights; as many as fit share a stack.
 
         Raises:
             ClientError: the model, its loss or the data raised; carries the traceback, the client and the round.
         """
-        return [self._fit_one(global_weights, task) for task in tasks]
+        by_size = sorted(tasks, key=lambda task: -len(self.partition.shard(task.client_id)))  # equal ones side by side
+        num_stacks = -(-len(tasks) // self.spec.stack_size)
+        stacks = [by_size[len(tasks) * i // num_stacks : len(tasks) * (i + 1) // num_stacks] for i in range(num_stacks)]
+        updates = {update.client_id: update for stack in stacks for update in self._fit_stack(global_weights, stack)}
+        return [updates[task.client_id] for task in tasks]
 
-    def evaluate(self, round: int, global_weights: Weights, chunks: Sequence[tuple[int, int]]) -> list[Evaluation]:
+    def evaluate(self, round: int, global_weights: Weights, chunks: Sequence[Chunk]) -> list[Evaluation]:
         """Tests the global weights on chunks [start, stop) of the test set.
 
         Raises:
             ClientError: the model raised.
         """
-        evaluations = []
         try:
-            module = self._module(global_weights)
-            for start, stop in chunks:
-                with self._torch_seeded(torch_seed("evaluation", self.spec.seed, round=round, client=start)):
-                    evaluations.append(Evaluation(*training.evaluate(module, self.test_set, start, stop)))
+            seeds = [torch_seed("evaluation", self.spec.seed, round=round, client=start) for start, _ in chunks]
+            return self._engine.evaluate(global_weights, self.test_set, chunks, seeds)
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
             raise ClientError(round, -1, traceback.format_exc()) from None
-        return evaluations
 
-    def _fit_one(self, global_weights: Weights, task: FitTask) -> ClientUpdate:
+    def _fit_stack(self, global_weights: Weights, tasks: Sequence[FitTask]) -> list[ClientUpdate]:
         started = time.perf_counter()
-        shard = self.partition.shard(task.client_id)
         try:
-            with self._torch_seeded(torch_seed("model", self.spec.seed, round=task.round, client=task.client_id)):
-                module = self._module(global_weights)
-                num_steps, train_loss = training.local_sgd(
-                    module,
-                    self.train_set,
-                    self._epochs(shard, task),
-                    batch_size=self.spec.training.batch_size,
-                    lr=self.spec.training.lr,
-                    momentum=self.spec.training.momentum,
-                    weight_decay=self.spec.training.weight_decay,
-                )
-                local = self.layout.flatten(module)
+            trained = self._engine.train(global_weights, self.train_set, [self._work(task) for task in tasks])
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
-            raise ClientError(task.round, task.client_id, traceback.format_exc()) from None
-        update = local.flat.sub_(global_weights.flat)
-        norm = weights.l2_norm(update)
+            if len(tasks) > 1:  # whose it is shows when each trains alone; the bits would be the same
+                return [update for task in tasks for update in self._fit_stack(global_weights, [task])]
+            raise ClientError(tasks[0].round, tasks[0].client_id, traceback.format_exc()) from None
+        fit_s = time.perf_counter() - started
+        return [
+            self._update(global_weights, task, outcome, fit_s, len(tasks))
+            for task, outcome in zip(tasks, trained, strict=True)
+        ]
+
+    def _update(
+        self, global_weights: Weights, task: FitTask, trained: training.Trained, fit_s: float, stack_size: int
+    ) -> ClientUpdate:
+        update, integers = trained.weights.arrays()
+        np.subtract(update, global_weights.flat.numpy(), out=update)
+        norm = weights.l2_norm(torch.from_numpy(update))
         return ClientUpdate(
             client_id=task.client_id,
-            num_examples=len(shard),
-            num_steps=num_steps,
-            train_loss=train_loss,
-            update=update.numpy(),
-            integers=local.integers.numpy(),
+            num_examples=len(self.partition.shard(task.client_id)),
+            num_steps=trained.num_steps,
+            train_loss=trained.train_loss,
+            update=update,
+            integers=integers,
             update_l2_norm=norm,
-            update_sha256=weights.sha256(update.numpy(), local.integers.numpy()),
-            is_finite=bool(torch.isfinite(update).all()),
-            fit_s=time.perf_counter() - started,
-            stack_size=1,
+            update_sha256=weights.sha256(update, integers),
+            is_finite=math.isfinite(norm),  # it is so exactly if all values are: float64 holds their squares
+            fit_s=fit_s,
+            stack_size=stack_size,
             pid=os.getpid(),
             node=platform.node(),
         )
 
-    @contextlib.contextmanager
-    def _torch_seeded(self, seed: int) -> Iterator[None]:
-        """Torch's own generators for what a model draws itself (dropout); the process gets back the ones it had."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.default_generator.manual_seed(seed)
-            if self.device.type == "cuda":
-                torch.cuda.manual_seed(seed)
-            yield
-
-    def _module(self, global_weights: Weights) -> nn.Module:
-        """A model with the global weights. Always a new one: no client finds what another left in a module."""
-        module = copy.deepcopy(self._pristine)
-        self.layout.load(module, global_weights)
-        return module
-
-    def _epochs(self, shard: np.ndarray, task: FitTask) -> Iterator[Tensor]:
+    def _work(self, task: FitTask) -> Work:
         """For each local epoch a fresh permutation of the shard."""
-        for epoch in range(self.spec.training.local_epochs):
-            rng = generator("shuffle", self.spec.seed, round=task.round, client=task.client_id, epoch=epoch)
-            yield torch.from_numpy(rng.permutation(shard)).to(self.device)
+        shard, seed = self.partition.shard(task.client_id), self.spec.seed
+        generators = [
+            generator("shuffle", seed, round=task.round, client=task.client_id, epoch=epoch)
+            for epoch in range(self.spec.training.local_epochs)
+        ]
+        return Work(
+            [torch.from_numpy(rng.permutation(shard)).to(self.device) for rng in generators],
+            torch_seed("model", seed, round=task.round, client=task.client_id),
+        )
 
     def _examples(self, images: np.ndarray, labels: np.ndarray) -> training.Examples:
         return training.Examples(
@@ -212,7 +193,14 @@ class ClientHost:
         )
 
 
-def evaluation_chunks(dataset: Dataset) -> list[tuple[int, int]]:
+def _engine(spec: ClientSpec, module: nn.Module) -> Engine:
+    sgd = Sgd(spec.training.lr, spec.training.momentum, spec.training.weight_decay)
+    if spec.engine == "stacked":
+        return Stacked(module, sgd, spec.training.batch_size, spec.num_classes)
+    return Loop(module, sgd, spec.training.batch_size)
+
+
+def evaluation_chunks(dataset: Dataset) -> list[Chunk]:
     """The fixed pieces [start, stop) in which the test set is evaluated."""
     size = len(dataset.test_labels)
     return [

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fedsim import datasets, models, sampling
+from fedsim import datasets, models, sampling, stacked
 from fedsim.client import ClientSpec
 from fedsim.config import Config
 from fedsim.datasets import Dataset
@@ -36,6 +36,8 @@ class Experiment:
     spec: ClientSpec
     layout: Layout
     initial_weights: Weights
+    obstacle: str | None
+    """What keeps the stacked engine from running the model; None where nothing does."""
     own: dict[str, str]
     """The parts that came from Python instead of the configuration: which -> what it is called."""
 
@@ -43,6 +45,12 @@ class Experiment:
     def model_bytes(self) -> int:
         """Size of the encoded weights."""
         return self.initial_weights.num_bytes
+
+    def sample(self, round: int) -> list[int]:
+        """The cohort of a round, in ascending order: a function of the configuration and the round alone."""
+        rng = generator("cohort", self.config.seed, round=round)
+        cohort: list[int] = self.sampler(self.config.clients.count, self.cohort_size, rng).tolist()
+        return cohort
 
     @property
     def address(self) -> str:
@@ -91,6 +99,12 @@ def prepare(
         module = models.build(factory, data.input_shape, data.num_classes, config.seed)
         layout = Layout.of(module)
         initial_weights = layout.flatten(module)
+        obstacle = stacked.obstacle(module, data.input_shape)
+    if obstacle and config.training.engine == "stacked":
+        raise ConfigError(
+            f"training.engine = 'stacked' cannot run this model: {obstacle}; the loop engine can, auto takes it"
+        )
+    engine = "loop" if obstacle else config.training.engine.replace("auto", "stacked")
     return Experiment(
         config=config,
         dataset=data,
@@ -99,10 +113,11 @@ def prepare(
         cohort_size=cohort_size,
         strategy=strategy,
         spec=ClientSpec(
-            config.training, config.seed, factory, data.input_shape, data.num_classes, config.placement.threads
+            config.training, config.seed, factory, data.input_shape, data.num_classes, config.placement.threads, engine
         ),
         layout=layout,
         initial_weights=initial_weights,
+        obstacle=obstacle,
         own={name: _called(part) for name, part in own.items() if part is not None},
     )
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
-
 from fedsim.config import Config
-from fedsim.placement import Node, Plan, local_node, make_plan
+from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
 from fedsim.resolution import address, resolve
 from fedsim.sampling import cohort_size
 
@@ -39,16 +36,11 @@ def early_ray(config: Config, *, debug: bool = False) -> Iterator[None]:
         return
     from fedsim.actors import connection
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = psutil.virtual_memory().available
-    plan = make_plan(  # before the model's size is known; the final plan asks for no more
-        placement,
-        num_clients=clients.count,
-        cohort_size=cohort_size(clients.per_round, clients.count),
-        model_bytes=0,
-        nodes=(Node(cpus, 0, free),),
-    )
-    store_bytes = _early_store_bytes(free)
+    node = cpu_node()
+    # before model and engine are known, of which only stacks depend; the final plan asks for no more actors
+    size = Size(clients.count, cohort_size(clients.per_round, clients.count), model_bytes=0)
+    plan = make_plan(placement, size, (node,))
+    store_bytes = _early_store_bytes(node.memory_bytes)
     with connection.connect("local", _ray_cpus(plan), store_bytes, meanwhile=_import_parts, debug=debug):
         yield
 
@@ -96,15 +88,16 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
 @contextlib.contextmanager
 def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     """Starts the hosts of the clients, and stops them at the end."""
+    spec = replace(x.spec, stack_size=plan.stack_size)
     pool: Pool
     if plan.mode == "serial":
         from fedsim.actors.serial import SerialPool
 
-        pool = SerialPool(x.spec, x.dataset, x.partition)
+        pool = SerialPool(spec, x.dataset, x.partition)
     else:
         from fedsim.actors.ray_pool import RayPool
 
-        pool = RayPool(plan, x.spec, x.dataset, x.partition, x.config.failures.max_retries)
+        pool = RayPool(plan, spec, x.dataset, x.partition, x.config.failures.max_retries)
     with contextlib.closing(pool):
         yield pool
 
@@ -129,13 +122,8 @@ def _this_machine(x: Experiment) -> Node:
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:
-    return make_plan(
-        x.config.placement,
-        num_clients=x.config.clients.count,
-        cohort_size=x.cohort_size,
-        model_bytes=x.model_bytes,
-        nodes=nodes,
-    )
+    size = Size(x.config.clients.count, x.cohort_size, x.model_bytes, x.spec.engine)
+    return make_plan(x.config.placement, size, nodes)
 
 
 def _store_bytes(x: Experiment) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -13,17 +14,17 @@ from typing import Any, Self
 
 from torch import nn
 
-from fedsim import environment, models
+from fedsim import checkpoint, environment, models
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import InputError, RunExistsError
+from fedsim.errors import ClientError, InputError, RunExistsError, RunFolderError
 from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
 from fedsim.placement import Plan
 from fedsim.results import Run, RunWriter
 from fedsim.run_folder import check_name, target
-from fedsim.simulation import Round, federated_averaging
+from fedsim.simulation import Round, Start, federated_averaging
 from fedsim.strategies import Strategy
 
 
@@ -110,6 +111,8 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        if isinstance(error, ClientError) and error.client_id >= 0 and self.folder is not None:
+            error.add_note(_how_to_replay(self.folder, error, self.experiment.own))
         self._cleanup.__exit__(kind, error, where)
 
     def _new_writer(self, info: dict[str, Any]) -> RunWriter:
@@ -153,13 +156,41 @@ class Recording:
         )
 
 
+def restore(folder: Path, round: int, x: Experiment) -> Start:
+    """What the server held after a round that has a checkpoint: where `federated_averaging` can go on.
+
+    Args:
+        folder: the run's folder.
+        round: one of `checkpoint.rounds`.
+        x: the run's experiment, whose model gives the weights their layout.
+
+    Raises:
+        RunFolderError: the checkpoint is damaged, or of another model.
+    """
+    tensors, state = checkpoint.load(folder / "checkpoint", round)
+    shapes = {entry.name: entry.shape for entry in x.layout.floats + x.layout.integers}
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        raise RunFolderError(
+            f"the checkpoint of round {round} in {folder} is of another model: its tensors are not those of this one"
+        )
+    return Start(round, x.layout.of_named(tensors), state)
+
+
+def _how_to_replay(folder: Path, error: ClientError, own: dict[str, str]) -> str:
+    call = f"fedsim replay {shlex.quote(str(folder))} --round {error.round} --client {error.client_id}"
+    if own:
+        parts = "".join(f", {part}=..." for part in own)
+        call = f"fedsim.replay({str(folder)!r}, round={error.round}, client={error.client_id}{parts})"
+    return f"{call} re-trains it in this process"
+
+
 def _info(x: Experiment, plan: Plan) -> dict[str, Any]:
     """What run.json says of a run before it starts."""
     return {
         "versions": environment.versions(),
         "machine": environment.machine(),
         "git_commit": environment.git_commit(),
-        "engine": "loop",
+        "engine": x.spec.engine,
         "placement": asdict(plan),
         "data": {
             "name": x.dataset.name,

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedsim.actors import FitResult, Pool
-from fedsim.client import Evaluation
 from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import RunFailedError
@@ -21,9 +21,18 @@ from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import ClientRecord, RoundRecord
 from fedsim.numerics import numerics
-from fedsim.seeding import generator
 from fedsim.strategies import State, Strategy, weighted_mean
+from fedsim.training import Evaluation
 from fedsim.weights import Weights, cosine, l2_norm, read_only_tensor
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the loop goes on: what the server holds after a round, which is all that the later rounds depend on."""
+
+    round: int
+    weights: Weights
+    state: State
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,13 @@ class Round:
     state: State
 
 
-def federated_averaging(x: Experiment, pool: Pool) -> Iterator[Round]:
+def federated_averaging(x: Experiment, pool: Pool, start: Start | None = None) -> Iterator[Round]:
     """The rounds of an experiment: sample, fit, aggregate, evaluate. Round 0 evaluates the initial weights.
+
+    Args:
+        x: the experiment.
+        pool: where its clients are.
+        start: goes on after this round instead of with round 0: the later rounds are the same, to the bit.
 
     Raises:
         ClientError: a client's own code raised.
@@ -46,18 +60,16 @@ def federated_averaging(x: Experiment, pool: Pool) -> Iterator[Round]:
         McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
         Algorithm 1. https://arxiv.org/abs/1602.05629
     """
-    clock = _Clock()
-    with numerics(x.config.placement.threads):
-        weights, state = x.initial_weights, x.strategy.init(x.initial_weights.flat)
-    with clock.part("evaluate_s"):
-        evaluation: Evaluation | None = pool.evaluate(0, weights)
-    yield Round(_record(0, clock, weights, evaluation), weights, state)
-
-    for round in range(1, x.config.rounds + 1):
+    if start is None:
+        initial = _round_0(x, pool)
+        yield initial
+        start = Start(0, initial.weights, initial.state)
+    weights, state = start.weights, start.state
+    for round in range(start.round + 1, x.config.rounds + 1):
         clock = _Clock()
-        cohort = x.sampler(x.config.clients.count, x.cohort_size, generator("cohort", x.config.seed, round=round))
+        cohort = x.sample(round)
         with clock.part("fit_s"):
-            results = pool.fit(round, weights, cohort.tolist())
+            results = pool.fit(round, weights, cohort)
         with clock.part("aggregate_s"), numerics(x.config.placement.threads):
             step = _aggregate(x, round, weights, state, results)
             weights, state = step.weights, step.state
@@ -67,10 +79,24 @@ def federated_averaging(x: Experiment, pool: Pool) -> Iterator[Round]:
                 evaluation = pool.evaluate(round, weights)
         yield Round(_record(round, clock, weights, evaluation, step), weights, state)
         if step.update_l2_norm is None:  # after its rows are written: they say what happened
-            raise RunFailedError(
-                f"round {round}: not one of {len(results)} updates is finite, so there is nothing to average; "
-                f"training diverged (training.lr = {x.config.training.lr})"
-            )
+            raise RunFailedError(_diverged(x, round, len(results)))
+
+
+def _round_0(x: Experiment, pool: Pool) -> Round:
+    clock = _Clock()
+    weights = x.initial_weights
+    with numerics(x.config.placement.threads):
+        state = x.strategy.init(weights.flat)
+    with clock.part("evaluate_s"):
+        evaluation = pool.evaluate(0, weights)
+    return Round(_record(0, clock, weights, evaluation), weights, state)
+
+
+def _diverged(x: Experiment, round: int, num_updates: int) -> str:
+    return (
+        f"round {round}: not one of {num_updates} updates is finite, so there is nothing to average; "
+        f"training diverged (training.lr = {x.config.training.lr})"
+    )
 
 
 def rounds(
@@ -123,9 +149,10 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     completed = [result.update for result in results if result.update.is_finite]
     num_retries = sum(result.attempts - 1 for result in results)
     if not completed:
-        rejected = tuple(_client_record(round, result, None) for result in results)
+        rejected = tuple(client_record(round, result) for result in results)
         return _Step(weights, state, None, rejected, num_retries)
-    updates = torch.stack([read_only_tensor(update.update) for update in completed])
+    # numpy's large arrays lie in large pages of memory: for 40 MB a quarter of torch's time
+    updates = torch.from_numpy(np.stack([update.update for update in completed]))
     is_by_examples = x.config.strategy.weighting == "examples"
     counts = torch.tensor([update.num_examples if is_by_examples else 1 for update in completed])
     flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
@@ -133,19 +160,24 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     if not isinstance(flat, Tensor) or f"{flat.dtype} {tuple(flat.shape)}" != expected:
         given = f"{flat.dtype} {tuple(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
         raise RunFailedError(f"round {round}: the strategy gave {given} where it must give weights {expected}")
-    if not torch.isfinite(flat).all():
+    update_l2_norm = l2_norm(flat.double() - weights.flat.double())
+    if not math.isfinite(update_l2_norm):
         raise RunFailedError(f"round {round}: the strategy gave weights that are not finite")
     mean = weighted_mean(updates, counts)
+    mean_norm = l2_norm(mean)
     return _Step(
         Weights(flat, read_only_tensor(completed[0].integers).clone()),
         state,
-        l2_norm(flat.double() - weights.flat.double()),
-        tuple(_client_record(round, result, mean) for result in results),
+        update_l2_norm,
+        tuple(client_record(round, result, mean, mean_norm) for result in results),
         num_retries,
     )
 
 
-def _client_record(round: int, result: FitResult, mean_update: Tensor | None) -> ClientRecord:
+def client_record(
+    round: int, result: FitResult, mean_update: Tensor | None = None, mean_norm: float = 0.0
+) -> ClientRecord:
+    """The record of a client's answer; without the round's mean update and its length there is no cosine to it."""
     update = result.update
     return ClientRecord(
         round=round,
@@ -157,7 +189,7 @@ def _client_record(round: int, result: FitResult, mean_update: Tensor | None) ->
         update_l2_norm=update.update_l2_norm,
         cosine_to_mean=None
         if mean_update is None or not update.is_finite
-        else cosine(read_only_tensor(update.update), mean_update),
+        else cosine(read_only_tensor(update.update), mean_update, update.update_l2_norm * mean_norm),
         update_sha256=update.update_sha256,
         fit_s=update.fit_s,
         stack_size=update.stack_size,

@@ -1,19 +1,22 @@
-"""Local training and evaluation: the loop engine. The only module that differentiates anything.
+"""Local training and evaluation: what an engine is, and the loop engine, which runs any model by autograd.
 
-Written for one process and one device; knows nothing of Ray, rounds or files. Shape letters: N examples, B batch,
-C channels, H, W pixels.
+Written for one process and one device; knows nothing of Ray, rounds or files. Shape letters: N examples, n examples of
+a shard, B batch, C channels, H, W pixels, L classes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fedsim.weights import Layout, Weights
 
 EVALUATION_CHUNK = 1000
 """Test examples evaluated at once: part of the results, whatever the number of actors."""
@@ -30,6 +33,129 @@ class Examples:
     """Shape [N, C, H, W]; uint8 (an image is byte/255) or floating."""
     labels: Tensor
     """Shape [N], int64."""
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """How a step is taken: as `torch.optim.SGD` does, momentum starting at zero in each fit."""
+
+    lr: float
+    momentum: float = 0.0
+    """In [0, 1)."""
+    weight_decay: float = 0.0
+    """L2 penalty, added to the gradient."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one client does in one round."""
+
+    epochs: Sequence[Tensor]
+    """For each local epoch the shard's examples in their order. Shape [n] each, int64."""
+    torch_seed: int
+    """Of what a model draws itself (dropout)."""
+
+    @property
+    def num_examples(self) -> int:
+        """Of the shard: n."""
+        return len(self.epochs[0])
+
+
+class Trained(NamedTuple):
+    """What a client's local training gave."""
+
+    num_steps: int
+    train_loss: float
+    """Mean over the examples processed, each before its step; nats."""
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Sums over a chunk of the test set, or over all of it."""
+
+    loss_sum: float
+    """nats, float64."""
+    num_correct: int
+    num_examples: int
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        return Evaluation(
+            self.loss_sum + other.loss_sum,
+            self.num_correct + other.num_correct,
+            self.num_examples + other.num_examples,
+        )
+
+
+Chunk = tuple[int, int]
+"""Test examples from the first number up to, not including, the second."""
+
+
+class Engine(Protocol):
+    """A way to compute what clients do. Each always gives the same bits; two of them agree up to rounding."""
+
+    def train(self, weights: Weights, examples: Examples, work: Sequence[Work]) -> list[Trained]:
+        """Trains clients from the same weights, each as if it were the only one."""
+        ...
+
+    def evaluate(
+        self, weights: Weights, examples: Examples, chunks: Sequence[Chunk], torch_seeds: Sequence[int]
+    ) -> list[Evaluation]:
+        """Tests the weights on chunks of the examples; each chunk has its own seed of what a model draws itself."""
+        ...
+
+
+class Loop:
+    """The engine for any `nn.Module`: client after client, differentiated by autograd.
+
+    Args:
+        module: the model.
+        sgd: how a step is taken.
+        batch_size: B; 0 means the whole shard as one batch.
+    """
+
+    def __init__(self, module: nn.Module, sgd: Sgd, batch_size: int) -> None:
+        self._pristine, self._layout, self._sgd, self._batch_size = module, Layout.of(module), sgd, batch_size
+
+    def train(self, weights: Weights, examples: Examples, work: Sequence[Work]) -> list[Trained]:
+        """See `Engine.train`."""
+        trained = []
+        for client in work:
+            with _torch_seeded(client.torch_seed, examples.labels.device):
+                module = self._module(weights)
+                num_steps, train_loss = local_sgd(
+                    module, examples, client.epochs, batch_size=self._batch_size, sgd=self._sgd
+                )
+                trained.append(Trained(num_steps, train_loss, self._layout.flatten(module)))
+        return trained
+
+    def evaluate(
+        self, weights: Weights, examples: Examples, chunks: Sequence[Chunk], torch_seeds: Sequence[int]
+    ) -> list[Evaluation]:
+        """See `Engine.evaluate`."""
+        module = self._module(weights)
+        evaluations = []
+        for (start, stop), seed in zip(chunks, torch_seeds, strict=True):
+            with _torch_seeded(seed, examples.labels.device):
+                evaluations.append(evaluate(module, examples, start, stop))
+        return evaluations
+
+    def _module(self, weights: Weights) -> nn.Module:
+        """A model with these weights. Always a new one: no client finds what another left in a module."""
+        module = copy.deepcopy(self._pristine)
+        self._layout.load(module, weights)
+        return module
+
+
+@contextlib.contextmanager
+def _torch_seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's own generators for what a model draws itself; the process gets back the ones it had."""
+    is_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if is_cuda:
+            torch.cuda.manual_seed(seed)
+        yield
 
 
 def batches(examples: Examples, order: Tensor, batch_size: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
@@ -61,12 +187,10 @@ def pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
 def local_sgd(
     module: nn.Module,
     examples: Examples,
-    epochs: Iterator[Tensor],
+    epochs: Iterable[Tensor],
     *,
     batch_size: int,
-    lr: float,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
+    sgd: Sgd,
 ) -> tuple[int, float]:
     """Trains `module` in place by SGD on the mean cross-entropy of each batch.
 
@@ -78,9 +202,7 @@ def local_sgd(
         examples: all examples of the data set.
         epochs: for each local epoch the order of the shard's examples, int64 [n].
         batch_size: B; 0 means the whole shard as one batch.
-        lr: learning rate.
-        momentum: in [0, 1).
-        weight_decay: L2 penalty, added to the gradient.
+        sgd: how a step is taken.
 
     Returns:
         The number of steps, and the mean loss in nats over all examples processed, each taken before its step.
@@ -102,58 +224,28 @@ def local_sgd(
                 for i, (parameter, step) in enumerate(zip(parameters, gradients, strict=True)):
                     if step is None:  # the loss does not depend on this parameter
                         continue
-                    if weight_decay:
-                        step = step.add(parameter, alpha=weight_decay)
-                    if momentum:
+                    if sgd.weight_decay:
+                        step = step.add(parameter, alpha=sgd.weight_decay)
+                    if sgd.momentum:
                         velocity = velocities[i]
-                        step = step.clone() if velocity is None else velocity.mul_(momentum).add_(step)
+                        step = step.clone() if velocity is None else velocity.mul_(sgd.momentum).add_(step)
                         velocities[i] = step
-                    parameter.add_(step, alpha=-lr)
+                    parameter.add_(step, alpha=-sgd.lr)
                 loss_sum.add_(loss, alpha=len(labels))
             num_steps += 1
             num_examples += len(labels)
     return num_steps, float(loss_sum) / num_examples
 
 
-def evaluate(module: nn.Module, examples: Examples, start: int, stop: int) -> tuple[float, int, int]:
-    """Tests `module` on the examples `start` to `stop`, as one batch.
-
-    Returns:
-        The sum of the losses in nats (float64), the number of correct predictions, the number of examples.
-    """
+def evaluate(module: nn.Module, examples: Examples, start: int, stop: int) -> Evaluation:
+    """Tests `module` on the examples `start` to `stop`, as one batch."""
     module.eval()
     with torch.no_grad():
         dtype = next(module.parameters()).dtype
-        logits = module(pixels(examples.images[start:stop], dtype))
-        labels = examples.labels[start:stop]
-        loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
-        return float(loss_sum), int((logits.argmax(1) == labels).sum()), stop - start
+        return score(module(pixels(examples.images[start:stop], dtype)), examples.labels[start:stop])
 
 
-def fingerprint(device: torch.device) -> str:
-    """16 hex digits over the outcome of a few tiny training steps on this device.
-
-    Two processes with equal fingerprints compute the same bits here: same kernels, instruction set and threads.
-    """
-    rng = np.random.Generator(np.random.PCG64(20170420))  # fixed for good: no run's seed plays a part
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.from_numpy(rng.uniform(-1, 1, shape).astype(np.float32)).to(device)
-
-    with torch.random.fork_rng(devices=[]):  # the modules' own initialisation, replaced below, draws from it
-        modules = [
-            nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)),
-            nn.Sequential(nn.Conv2d(1, 8, 5, padding=2), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(392, 10)),
-        ]
-    digest = hashlib.sha256()
-    for module in modules:
-        module.to(device)
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.copy_(drawn(*parameter.shape).div_(8))
-        labels = torch.arange(20, device=device) % 10
-        examples = Examples(drawn(20, 1, 28, 28), labels)
-        local_sgd(module, examples, iter([torch.arange(20, device=device)]), batch_size=10, lr=0.1)
-        for parameter in module.parameters():
-            digest.update(parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def score(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Compares logits [N, L] with labels [N]; the losses are computed and added in float64."""
+    loss_sum = F.cross_entropy(logits.double(), labels, reduction="sum")
+    return Evaluation(float(loss_sum), int((logits.argmax(1) == labels).sum()), len(labels))

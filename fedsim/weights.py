@@ -154,13 +154,19 @@ def l2_norm(vector: Tensor) -> float:
     return math.sqrt(_dot(vector, vector))
 
 
-def cosine(a: Tensor, b: Tensor) -> float | None:
-    """Cosine of the angle between two vectors [D], in [-1, 1]; None where one of them is zero or not finite."""
-    norms = l2_norm(a) * l2_norm(b)
+def cosine(a: Tensor, b: Tensor, norms: float | None = None) -> float | None:
+    """Cosine of the angle between two vectors [D], in [-1, 1]; None where one of them is zero or not finite.
+
+    Args:
+        a: one vector.
+        b: the other.
+        norms: the product of their lengths, where it is known.
+    """
+    if norms is None:
+        norms = l2_norm(a) * l2_norm(b)
     return max(-1.0, min(1.0, _dot(a, b) / norms)) if 0 < norms < math.inf else None
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
     # numpy's own pairwise sum: unlike a BLAS dot it does not depend on the number of threads
-    x, y = a.numpy(force=True).astype(np.float64), b.numpy(force=True).astype(np.float64)
-    return float(np.sum(np.multiply(x, y)))
+    return float((a.double() * b.double()).numpy(force=True).sum())

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -282,7 +283,7 @@ BAD_INPUT = {
         ["strategy.beta1 = 1.0", "less than 1"],
     ),
     "unknown strategy argument": (sets("strategy.server_lr=1"), ["strategy.server_lr", "fedavg takes"]),
-    "engine": (sets("training.engine=stacked"), ["training.engine = 'stacked'", "'auto' or 'loop'"]),
+    "engine": (sets("training.engine=vmap"), ["training.engine = 'vmap'", "'auto', 'loop' or 'stacked'"]),
     "failure policy": (sets("failures.on_exhausted=drop"), ["failures.on_exhausted = 'drop'", "'stop'"]),
     "name with a path": (["--name", "a/b"], ["'a/b'", "letters, digits"]),
     "name above": (["--name", "../a"], ["'../a'", "letters, digits"]),
@@ -298,7 +299,7 @@ BAD_INPUT = {
     ),
     "more actors than fit": (
         sets(*EACH_AN_ACTOR, "clients.count=10000", "data.partition.examples_per_client=1", "placement.num_cpus=1"),
-        ["10000 actors"],
+        ["10,000 actors"],
     ),
     "actors for clients": (sets(*EACH_AN_ACTOR, "placement.actors=3"), ["placement.actors = 3", "needs 10"]),
     "no share of a CPU": (sets("placement.num_cpus=0.00001"), ["placement.num_cpus", "0.0001"]),
@@ -389,10 +390,29 @@ def test_a_client_that_fails_ends_the_run_with_its_own_traceback(call, monkeypat
     assert "in forward" in answer.err
     assert "KeyError: 'a bug in my model'" in answer.err
     assert "in main" not in answer.err  # of fedsim's own way there, nothing
+    how = "fedsim replay results/mnist --round 2 --client 0 re-trains it in this process"
+    assert answer.err.splitlines()[-1] == how
     assert answer.out.splitlines()[-1].startswith("round 1/3")
     assert info("results/mnist")["status"] == "failed"
     assert "a bug in my model" in info("results/mnist")["error"]
     assert pd.read_parquet("results/mnist/rounds.parquet")["round"].tolist() == [0, 1]
+
+
+def test_the_command_that_replays_a_client_can_be_pasted(call, monkeypatch):
+    with monkeypatch.context() as patch:
+        break_model(patch, KeyError("a bug in my model"))
+        answer = call("run", *QUICK, *sets("rounds=3"), "--results", "my results")
+    command = shlex.split(answer.err.splitlines()[-1].removesuffix(" re-trains it in this process"))
+    assert command[:3] == ["fedsim", "replay", "my results/mnist"]
+    with monkeypatch.context() as patch:
+        break_model(patch, KeyError("a bug in my model"))
+        again = call(*command[1:])
+    assert (again.code, len(again.out.splitlines())) == (1, 1)
+    assert again.err.startswith("fedsim: client 0 failed in round 2:\n")
+    assert "KeyError: 'a bug in my model'" in again.err
+    mended = call(*command[1:])
+    assert (mended.code, mended.err) == (0, "")
+    assert mended.out.splitlines()[-1] == "my results/mnist: the run has no row of it to compare with"
 
 
 def test_a_run_that_diverges_fails_in_a_line(call):
@@ -498,6 +518,117 @@ def test_an_interrupt_that_is_swallowed_later_ends_the_run_after_its_round(call,
     assert len(pd.read_parquet("results/mnist/rounds.parquet")) < 4
 
 
+# --- Rounds computed again -------------------------------------------------------------------------------------------
+
+SERIALLY = sets("placement.mode=serial")
+
+
+@pytest.fixture
+def verified(call):
+    call("run", *QUICK, *sets("rounds=3"), "--quiet")
+    return Path("results/mnist")
+
+
+def test_verify_says_the_cost_the_rounds_and_that_they_are_equal(call, verified):
+    for run in ("mnist", "results/mnist", verified.resolve()):
+        answer = call("verify", run, "--rounds", "1..2", *SERIALLY)
+        assert (answer.code, answer.err) == (0, "")
+        cost, *rounds, outcome = answer.out.splitlines()
+        path = run if isinstance(run, Path) else "results/mnist"
+        what = f"{path}: computes rounds 1 to 2 again from round 0, serial where the run was serial; about "
+        assert re.fullmatch(rf"{re.escape(what)}\d+\.\d s at the pace of the run", cost)
+        assert all(re.fullmatch(rf"round {r}/2  equal  \d+\.\d\d s", line) for r, line in enumerate(rounds))
+        assert len(rounds) == 3
+        assert outcome == f"{path}: equal, every client's update and the weights of every round"
+
+
+def test_verify_names_the_first_difference_and_exits_with_1(call, verified):
+    break_rows(verified, "clients", update_sha256="0" * 64)
+    answer = call("verify", "mnist", *SERIALLY)
+    assert (answer.code, answer.err) == (1, "")
+    *_, last_round, outcome = answer.out.splitlines()
+    assert last_round.startswith("round 1/3  different")
+    assert re.fullmatch(
+        r"results/mnist: round 1, client 0: update_sha256 was 0{12}\.\.\. in the run and is [0-9a-f]{12}\.\.\. here",
+        outcome,
+    )
+
+
+def break_rows(folder, kind, **values):
+    for part in (folder / f"{kind}.parquet").glob("part-0*"):
+        pd.read_parquet(part).assign(**values).to_parquet(part, index=False)
+
+
+def test_replay_says_the_cost_what_the_client_did_and_whether_it_is_equal(call, verified):
+    answer = call("replay", "mnist", "--round", "3", "--client", "7")
+    assert (answer.code, answer.err) == (0, "")
+    cost, did, outcome = answer.out.splitlines()
+    what = "results/mnist: trains client 7 of round 3 in this process, after rounds 1 to 2 again from round 0; about "
+    assert cost.startswith(what)
+    clients = pd.read_parquet(verified / "clients.parquet").set_index(["round", "client_id"])
+    row = clients.loc[(3, 7)]
+    assert did == f"{row.num_steps} steps, train_loss {row.train_loss}, update_sha256 {row.update_sha256}"
+    assert outcome == "results/mnist: equal to the recorded row"
+
+    break_rows(verified, "clients", num_steps=99, train_loss=1.5)
+    answer = call("replay", "mnist", "--round", "3", "--client", "7")
+    assert (answer.code, answer.err) == (1, "")
+    told = answer.out.splitlines()[2:]
+    assert told[0].startswith("results/mnist: round 1, client 0: num_steps was 99 in the run and is "), "on the way"
+    assert told[1:] == [
+        f"results/mnist: round 3, client 7: num_steps was 99 in the run and is {row.num_steps} here",
+        f"results/mnist: round 3, client 7: train_loss was 1.5 in the run and is {row.train_loss} here",
+    ]
+
+
+def test_anyway_goes_on_and_says_nevertheless_what(call, verified):
+    said = json.loads((verified / "run.json").read_text())
+    said["versions"]["torch"] = "1.0"
+    (verified / "run.json").write_text(json.dumps(said))
+    for command in (["verify", "mnist", *SERIALLY], ["replay", "mnist", "--round", "1", "--client", "0"]):
+        answer = call(*command)
+        assert (answer.code, answer.out) == (2, "")
+        assert answer.err.startswith("fedsim: results/mnist need not give the same bits here: torch 1.0 in the run, ")
+        assert answer.err.splitlines()[1] == "Go on nevertheless with --anyway (from Python: anyway=True)"
+        answer = call(*command, "--anyway")
+        assert (answer.code, answer.err) == (0, "")
+        assert answer.out.splitlines()[1].startswith("nevertheless: torch 1.0 in the run, ")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["verify", "mist"], "'mist' is not a run: neither a run's folder nor a name in results"),
+        (["replay", "mist", "--round", "1", "--client", "0"], "'mist' is not a run"),
+        (["verify", "mnist", "--results", "elsewhere"], "nor a name in elsewhere"),
+        (["verify", "mnist", "--rounds", "2..9"], "rounds = 2..9: results/mnist has rounds 1 to 3"),
+        (["verify", "mnist", "--rounds", "some"], "write a round such as 1, a range such as 1..2, or all"),
+        (
+            ["verify", "mnist", *sets("training.lr=1")],
+            "--set training.lr: a run is verified with its own configuration",
+        ),
+        (["verify", "mnist", *sets("placement")], "--set placement: write it as key=value"),
+        (["verify", "mnist", *sets("placement.actor=2")], "did you mean placement.actors?"),
+        (["verify", "mnist", *sets("placement.threads=2")], "placement.threads 1 in the run, 2 here"),
+        (
+            ["replay", "mnist", "--round", "4", "--client", "0"],
+            "round 4 cannot be replayed: results/mnist has rounds 1",
+        ),
+        (["replay", "mnist", "--round", "2", "--client", "10"], "client 10 had no part in round 2 of results/mnist"),
+        (["replay", "mnist", "--round", "2"], "Missing option '--client'"),
+        (["replay", "mnist", "--round", "x", "--client", "0"], "Invalid value for '--round'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_computed_again_is_wrong_input(call, verified, command, said):
+    before = listing(Path())
+    answer = call(*command)
+    assert (answer.code, answer.out) == (2, "")
+    assert said in answer.err
+    assert len(answer.err.splitlines()) <= (2 if answer.err.startswith("fedsim: ") else 4)  # or of wrong usage
+    assert listing(Path()) == before
+
+
 def test_an_interrupt_ends_one_command_only(call, monkeypatch):
     class Interrupted(nn.Linear):
         def forward(self, x):
@@ -561,7 +692,18 @@ def test_the_module_is_the_command_and_answers_without_torch():
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["run"], ["plan"], ["presets"], ["runs"], ["data"], ["data", "fetch"], ["data", "status"]],
+    [
+        [],
+        ["run"],
+        ["plan"],
+        ["verify"],
+        ["replay"],
+        ["presets"],
+        ["runs"],
+        ["data"],
+        ["data", "fetch"],
+        ["data", "status"],
+    ],
     ids=" ".join,
 )
 def test_each_command_has_help(call, command):
@@ -572,8 +714,8 @@ def test_each_command_has_help(call, command):
 
 
 def test_the_help_lists_the_commands(call):
-    out = call("--help").out
-    assert all(re.search(rf"^ +{name} ", out, re.MULTILINE) for name in ("run", "plan", "presets", "runs", "data"))
+    out, names = call("--help").out, ("run", "plan", "verify", "replay", "presets", "runs", "data")
+    assert all(re.search(rf"^ +{name} ", out, re.MULTILINE) for name in names)
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])

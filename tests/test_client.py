@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsim import models, training
-from fedsim.client import ClientHost, ClientSpec, ClientUpdate, Evaluation, FitTask, evaluation_chunks, total
+from fedsim import models
+from fedsim.client import ClientHost, ClientSpec, ClientUpdate, FitTask, evaluation_chunks, total
 from fedsim.config import TrainingConfig
 from fedsim.datasets import Dataset
 from fedsim.errors import ClientError, RunFailedError
+from fedsim.fingerprint import fingerprint
 from fedsim.numerics import numerics
 from fedsim.partition import Partition
 from fedsim.seeding import generator, torch_seed
+from fedsim.training import Evaluation
 from fedsim.weights import Layout, Weights
 
 SHAPE, CLASSES, SEED = (1, 4, 4), 3, 11
@@ -436,4 +438,4 @@ def test_loading_says_where_the_host_is():
     trainer = ClientHost(host().spec)
     info = trainer.load(DATA, PARTITION)
     assert (info.pid, info.node, info.device) == (os.getpid(), platform.node(), "cpu")
-    assert info.fingerprint == training.fingerprint(torch.device("cpu"))
+    assert info.fingerprint == fingerprint(torch.device("cpu"))

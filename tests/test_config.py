@@ -53,6 +53,7 @@ mode = "auto"
 actors = "auto"
 num_cpus = "auto"
 num_gpus = "auto"
+stack_size = "auto"
 threads = 1
 start = "auto"
 address = "local"
@@ -319,7 +320,7 @@ WRONG = [  # key, value, what the message says is allowed
     ("training.momentum", 1.0, "less than 1"),
     ("training.momentum", -0.1, "greater than or equal to 0"),
     ("training.weight_decay", -1e-9, "greater than or equal to 0"),
-    ("training.engine", "stacked", "'auto' or 'loop'"),
+    ("training.engine", "vmap", "'auto', 'loop' or 'stacked'"),
     ("strategy.name", 1, "string"),
     ("strategy.weighting", "equal", "'examples' or 'uniform'"),
     ("placement.mode", "ray", "'auto', 'actor-per-client', 'packed' or 'serial'"),
@@ -335,6 +336,7 @@ WRONG = [  # key, value, what the message says is allowed
     ("placement.num_gpus", 0.00005, "0 or at least 0.0001"),
     ("placement.num_gpus", 2.5, "a fraction up to 1 or a whole number"),
     ("placement.num_gpus", "all", "'auto', or should be a valid number"),
+    ("placement.stack_size", 0, "greater than or equal to 1"),
     ("placement.threads", 0, "greater than or equal to 1"),
     ("placement.threads", 1025, "less than or equal to 1024"),
     ("placement.start", "fork", "'auto' or 'plain'"),
@@ -440,6 +442,7 @@ VALID: dict[str, st.SearchStrategy] = {
     "placement.actors": st.just("auto") | st.integers(1, 10**6),
     "placement.num_cpus": CPU_SHARES,
     "placement.num_gpus": CPU_SHARES | st.just(0),
+    "placement.stack_size": st.just("auto") | st.integers(1, 1000),
     "placement.threads": st.integers(1, 1024),
     "placement.address": st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs"])),
     "evaluation.every": st.integers(1, 10**9),

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import fedsim
-from fedsim import models, training
+from fedsim import models
 from fedsim.client import ClientHost, ClientSpec, FitTask
 from fedsim.config import Config, TrainingConfig
 from fedsim.datasets import Dataset
+from fedsim.fingerprint import fingerprint
 from fedsim.numerics import numerics
 from fedsim.partition import Partition
 from fedsim.training import Examples, evaluate
@@ -37,7 +38,7 @@ def host(model) -> ClientHost:
 
 def test_fingerprint_leaves_torchs_generator_alone():
     before = torch.get_rng_state()
-    training.fingerprint(torch.device("cpu"))
+    fingerprint(torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), before)
 
 

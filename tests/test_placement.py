@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim import placement
 from fedsim.config import PlacementConfig
 from fedsim.errors import PlanError
-from fedsim.placement import Node, Plan, local_node, make_plan
+from fedsim.placement import Node, Plan, Size, local_node, make_plan
+from fedsim.placement import plan as placement
 
 GB = 10**9
 MLP = 50_890 * 4
@@ -18,14 +18,16 @@ def machine(num_cpus: float = 4, num_gpus: float = 0, memory_gb: float = 64) -> 
     return Node(num_cpus, num_gpus, int(memory_gb * GB))
 
 
-def planned(*nodes: Node, clients: int = 10, cohort: int | None = None, model_bytes: int = MLP, **asked: Any) -> Plan:
-    return make_plan(
-        PlacementConfig(**asked),
-        num_clients=clients,
-        cohort_size=clients if cohort is None else cohort,
-        model_bytes=model_bytes,
-        nodes=nodes or (machine(),),
-    )
+def planned(
+    *nodes: Node,
+    clients: int = 10,
+    cohort: int | None = None,
+    model_bytes: int = MLP,
+    engine: str = "stacked",
+    **asked: Any,
+) -> Plan:
+    size = Size(clients, clients if cohort is None else cohort, model_bytes, engine)
+    return make_plan(PlacementConfig(**asked), size, nodes or (machine(),))
 
 
 def refused(*nodes: Node, **asked: Any) -> str:
@@ -50,8 +52,8 @@ def refused(*nodes: Node, **asked: Any) -> str:
         (41, machine(16), "packed"),  # just above
         (1000, machine(64, memory_gb=1000), "packed"),
         (1000, machine(1000, memory_gb=1000), "actor-per-client"),
-        (10, machine(8, memory_gb=8), "actor-per-client"),  # 3.5 GB of 4
-        (10, machine(8, memory_gb=6.9), "packed"),  # 3.5 GB of 3.45
+        (10, machine(8, memory_gb=8), "actor-per-client"),  # 3.9 GB of 4
+        (10, machine(8, memory_gb=6.9), "packed"),  # 3.9 GB of 3.45
         (1, machine(0.5), "actor-per-client"),
     ],
 )
@@ -62,21 +64,21 @@ def test_auto_gives_each_client_an_actor_while_start_and_memory_allow(clients, n
         assert plan.num_actors == clients
     else:
         assert plan.num_actors == min(int(node.num_cpus), clients)
-    assert plan.reasons[0].startswith(f"{mode}: an actor for each of {clients} clients would start in about ")
+    assert plan.reasons[0].startswith(f"{mode}: an actor for each of {clients:,} clients would start in about ")
 
 
 def test_auto_counts_the_updates_of_a_round_as_memory():
-    """10 actors of 0.35 GB and 10 updates of 0.1 GB are 4.5 GB."""
-    assert planned(machine(8, memory_gb=9.1), model_bytes=GB // 10).mode == "actor-per-client"
-    assert planned(machine(8, memory_gb=8.9), model_bytes=GB // 10).mode == "packed"
-    assert planned(machine(8, memory_gb=8.9), model_bytes=GB // 10, cohort=1).mode == "actor-per-client"
+    """10 actors of 0.39 GB and 10 updates of 0.1 GB are 4.9 GB."""
+    assert planned(machine(8, memory_gb=9.9), model_bytes=GB // 10).mode == "actor-per-client"
+    assert planned(machine(8, memory_gb=9.7), model_bytes=GB // 10).mode == "packed"
+    assert planned(machine(8, memory_gb=9.7), model_bytes=GB // 10, cohort=1).mode == "actor-per-client"
 
 
 def test_auto_says_what_it_counted():
     reason = planned(machine(2)).reasons[0]
     assert reason == (
         "packed: an actor for each of 10 clients would start in about 20 s (auto takes less than 10 s) "
-        "and take 3.5 GB (half of what is free: 32.0 GB)"
+        "and take 3.9 GB (half of what is free: 32.0 GB)"
     )
 
 
@@ -93,7 +95,7 @@ def test_the_predictions_of_a_plan():
 def test_serial_has_no_actors_and_fits_everywhere():
     plan = planned(machine(0, memory_gb=0), mode="serial", threads=3, num_cpus=64, clients=10**6)
     assert (plan.mode, plan.num_actors, plan.num_cpus, plan.num_gpus, plan.threads) == ("serial", 0, 0.0, 0.0, 3)
-    assert plan.reasons == ("serial: as asked for, no Ray",)
+    assert plan.reasons[0] == "serial: as asked for, no Ray"
 
 
 def test_actor_per_client_shares_the_machine_evenly():
@@ -223,10 +225,10 @@ def test_cpu_and_gpu_have_to_be_on_the_same_node():
 def test_memory_that_is_not_there():
     message = refused(machine(64, memory_gb=3), mode="actor-per-client")
     assert message == (
-        "10 actors need about 3.5 GB of memory (0.3 GB each), but 3.0 GB are free; "
+        "10 actors need about 3.9 GB of memory (0.4 GB each), but 3.0 GB are free; "
         "set placement.mode=packed or fewer placement.actors"
     )
-    assert planned(machine(64, memory_gb=3.6), mode="actor-per-client").num_actors == 10
+    assert planned(machine(64, memory_gb=4), mode="actor-per-client").num_actors == 10
     assert "2.4 GB of memory" in refused(machine(1, memory_gb=2), mode="packed", clients=2, model_bytes=GB)
 
 
@@ -318,7 +320,7 @@ def test_what_is_refused_for_its_cpus_does_not_fit(nodes, asked, clients):
     except PlanError:
         is_refused = True
     share = 0.0001 if asked["num_cpus"] == "auto" else asked["num_cpus"]
-    wanted = Plan("actor-per-client", clients, share, 0.0, 1, 0, 0.0, ())
+    wanted = Plan("actor-per-client", clients, share, 0.0, 1, 1, 0, 0.0, ())
     assert is_refused != all_find_a_place(wanted, nodes)
 
 

@@ -84,14 +84,18 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
+    if words[0] in ("verify", "replay"):
+        fedsim.run(fedsim.preset("mnist").override({"data.dataset": "synthetic", "placement.mode": "serial"}))
+        monkeypatch.setattr("fedsim.rerun.prepare", stop)
     (tmp_path / "my.toml").write_text(fedsim.preset("mnist").to_toml())
     monkeypatch.setattr("fedsim.launch.early_ray", stop)
     monkeypatch.setattr("fedsim.datasets.fetch", lambda name: seen.append(name))
     monkeypatch.setattr("fedsim.experiment.prepare", stop)
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
-    assert ended.value.code == (130 if words[0] in ("run", "plan") else 0), capsys.readouterr().err
-    assert seen or words[0] not in ("run", "plan", "data")
+    starts = ("run", "plan", "verify", "replay")
+    assert ended.value.code == (130 if words[0] in starts else 0), capsys.readouterr().err
+    assert seen or words[0] not in (*starts, "data")
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):

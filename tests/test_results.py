@@ -307,7 +307,7 @@ def test_run_json_says_what_was_run_with_what(tmp_path):
     assert said["versions"]["fedsim"] == fedsim.__version__
     assert said["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert said["machine"]["num_cpus"] == os.cpu_count()
-    assert (said["device"], said["engine"], said["placement"]["mode"]) == ("cpu", "loop", "serial")
+    assert (said["device"], said["engine"], said["placement"]["mode"]) == ("cpu", "stacked", "serial")
     assert re.fullmatch("[0-9a-f]{16}", said["numerics_fingerprint"])
     assert said["data"]["sha256"] == datasets.load("synthetic").sha256()
     assert said["model"] == {"num_values": 7850, "num_bytes": 31400}

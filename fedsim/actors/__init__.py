@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from fedsim.client import ClientUpdate, Evaluation
+    from fedsim.client import ClientUpdate
+    from fedsim.training import Evaluation
     from fedsim.weights import Weights
 
 

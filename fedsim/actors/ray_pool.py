@@ -15,7 +15,6 @@ from fedsim.client import (
     ClientHost,
     ClientSpec,
     ClientUpdate,
-    Evaluation,
     FitTask,
     HostInfo,
     evaluation_chunks,
@@ -26,6 +25,7 @@ from fedsim.errors import FedsimError, RunFailedError
 from fedsim.numerics import set_numerics
 from fedsim.partition import Partition
 from fedsim.placement import Plan
+from fedsim.training import Evaluation
 from fedsim.weights import Weights
 
 _ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")

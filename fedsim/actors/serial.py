@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedsim.actors import FitResult, PoolInfo
-from fedsim.client import ClientHost, ClientSpec, Evaluation, FitTask, evaluation_chunks, total
+from fedsim.client import ClientHost, ClientSpec, FitTask, evaluation_chunks, total
 from fedsim.datasets import Dataset
 from fedsim.numerics import numerics
 from fedsim.partition import Partition
+from fedsim.training import Evaluation
 from fedsim.weights import Weights
 
 

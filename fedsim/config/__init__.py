@@ -92,7 +92,9 @@ class TrainingConfig(_Section):
     lr: float = Field(0.1, gt=0, description="learning rate of local SGD (eta)")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum of local SGD; starts at zero in each round")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty of local SGD, as torch.optim.SGD has it")
-    engine: Literal["auto", "loop"] = Field("auto", description="auto, loop (autograd, any nn.Module)")
+    engine: Literal["auto", "loop", "stacked"] = Field(
+        "auto", description="auto, loop (autograd, any nn.Module), stacked (many clients in one computation)"
+    )
 
 
 class StrategyConfig(_Choice):
@@ -117,6 +119,9 @@ class PlacementConfig(_Section):
     num_cpus: Auto | Fraction = Field("auto", description="CPUs each actor is pinned to; a fraction is allowed")
     num_gpus: Auto | Annotated[float, Field(ge=0)] = Field(
         "auto", description="GPUs each actor is pinned to, 1 or a fraction; auto = 0"
+    )
+    stack_size: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="packed, serial: at most so many clients of an actor train in one computation"
     )
     threads: int = Field(1, ge=1, le=1024, description="torch threads of each actor; part of the promise of equal bits")
     start: Literal["auto", "plain"] = Field("auto", description="how actors start: auto, plain (Ray's own workers)")

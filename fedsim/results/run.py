@@ -140,6 +140,20 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
     return Run(folder.name, folder, config, _model=make)
 
 
+def path_of(run: str, results: Path) -> Path:
+    """The folder of a run that is named by its path, or by its name in a results folder.
+
+    Raises:
+        RunFolderError: it is neither.
+    """
+    for folder in (Path(run), results / run):
+        if read_info(folder) is not None:
+            return folder
+    raise RunFolderError(
+        f"{run!r} is not a run: neither a run's folder nor a name in {results}; `fedsim runs` lists them"
+    )
+
+
 class Runs(tuple[Run, ...]):
     """Several runs; their records as one frame each, told apart by the column `run`."""
 

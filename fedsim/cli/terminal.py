@@ -1,0 +1,69 @@
+"""What a person sees: the console, and a run's progress on it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from fedsim.metrics import RoundRecord
+    from fedsim.recording import Recording
+
+# Paths are printed as they are, and tables in full where no terminal sets a width.
+_WIDTH = None if sys.stdout.isatty() else 200
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=_WIDTH)
+
+
+def count_rounds(number: int) -> str:
+    """1 round, 2 rounds."""
+    return "1 round" if number == 1 else f"{number} rounds"
+
+
+def with_progress(recording: Recording) -> Iterator[RoundRecord]:
+    """Goes through the rounds with a live bar on a terminal, with plain lines elsewhere."""
+    return _bar(recording) if console.is_terminal else _lines(recording)
+
+
+def _start_line(recording: Recording) -> str:
+    made = recording.plan
+    count = recording.experiment.config.clients.count
+    if not made.num_actors:
+        return f"{recording.name}: {count:,} clients in this process"
+    actors = f"{made.num_actors:,} actor" + ("s" if made.num_actors > 1 else "")
+    return f"{recording.name}: {count:,} clients on {actors} ({made.mode}), up in about {made.start_s:.0f} s"
+
+
+def _lines(recording: Recording) -> Iterator[RoundRecord]:
+    print(_start_line(recording), flush=True)
+    for record in recording:
+        accuracy = "" if record.test_accuracy is None else f"  test_accuracy {record.test_accuracy:.4f}"
+        total = recording.experiment.config.rounds
+        print(f"round {record.round}/{total}{accuracy}  {record.round_s:.2f} s", flush=True)
+        yield record
+
+
+def _bar(recording: Recording) -> Iterator[RoundRecord]:
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn(
+            "round {task.completed:.0f}/{task.total:.0f}  {task.fields[accuracy]}  {task.fields[rate]}"
+        ),
+        progress.TimeRemainingColumn(),
+    )
+    console.print(_start_line(recording))
+    with progress.Progress(*columns, console=console) as bar:
+        total = recording.experiment.config.rounds
+        task = bar.add_task(f"{recording.name}: starting", total=total, accuracy="", rate="")
+        accuracy = ""
+        for record in recording:
+            if record.test_accuracy is not None:
+                accuracy = f"test accuracy {record.test_accuracy:.4f}"
+            rate = f"{1 / record.round_s:.2f} rounds/s" if record.round_s < 1 else f"{record.round_s:.2f} s/round"
+            bar.update(task, description=recording.name, completed=record.round, accuracy=accuracy, rate=rate)
+            yield record

@@ -1,0 +1,210 @@
+"""What it takes to compute rounds of a run again: checked, and its cost told, before anything starts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fedsim import checkpoint, environment
+from fedsim.comparison import Recorded
+from fedsim.config import Config
+from fedsim.datasets import Dataset
+from fedsim.errors import InputError, RunFolderError
+from fedsim.experiment import Experiment, prepare
+from fedsim.recording import restore
+from fedsim.results import Run, load_run
+from fedsim.simulation import Start
+from fedsim.strategies import Strategy
+
+
+@dataclass(frozen=True)
+class Own:
+    """The parts of a run that came from Python instead of its configuration."""
+
+    model: Callable[..., nn.Module] | None = None
+    strategy: Strategy | None = None
+    dataset: Dataset | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rerun:
+    """Rounds of a run that are to be computed again: all is checked, nothing has started."""
+
+    run: Run
+    experiment: Experiment
+    recorded: Recorded
+    start: Start | None
+    """From a checkpoint; None is round 0."""
+    last: int
+    """The last round to be computed again."""
+    client: int | None
+    """To be trained in the round after; None for a verification."""
+    unlike: list[str]
+    """What is not as in the run, where the user goes on anyway."""
+    anyway: bool
+
+    def check(self, pairs: Mapping[str, tuple[Any, Any]]) -> None:
+        """Compares what is known only later: name -> in the run, here.
+
+        Raises:
+            InputError: they differ, and the user did not say to go on anyway.
+        """
+        self.unlike.extend(_check_same(self.run, pairs, self.anyway))
+
+    @property
+    def rounds(self) -> range:
+        """The rounds to be computed again."""
+        return range(self.start.round + 1 if self.start else 1, self.last + 1)
+
+    @property
+    def cost(self) -> str:
+        """What will be done, and about how long it will take: for the user, before it is done."""
+        again = f"{_named(self.rounds)} again" if self.rounds else ""
+        origin = f"from the checkpoint of round {self.start.round}" if self.start else "from round 0"
+        if self.client is None:
+            what = f"computes {again} {origin}, {_layout(self.experiment.config.placement.model_dump())}"
+            what += f" where the run was {_layout(self.run.info.get('placement', {}))}"
+        else:
+            what = f"trains client {self.client} of round {self.last + 1} in this process, "
+            what += f"after {again} {origin}" if again else origin
+        return f"{self.run.path}: {what}; about {self._seconds:.1f} s at the pace of the run"
+
+    @property
+    def _seconds(self) -> float:
+        rounds = sum(row["round_s"] for r, row in self.recorded.rounds.items() if r in self.rounds)
+        client = self.recorded.clients(self.last + 1).get(self.client) if self.client is not None else None
+        return float(rounds) + (client["fit_s"] if client else 0.0)
+
+
+def plan_verify(
+    path: str | os.PathLike[str],
+    *,
+    rounds: int | str | None = None,
+    placement: Mapping[str, Any] | None = None,
+    own: Own = Own(),
+    anyway: bool = False,
+) -> Rerun:
+    """What `verify` will do: arguments and errors are its own."""
+    run = load_run(path)
+    recorded = Recorded(run)
+    first, last = _chosen(rounds, recorded, run)
+    config = _placed(run, _other_placement(run) if placement is None else {"mode": "packed", **placement})
+    return _plan(run, recorded, config, first, last, None, own, anyway)
+
+
+def plan_replay(
+    path: str | os.PathLike[str], *, round: int, client: int, own: Own = Own(), anyway: bool = False
+) -> Rerun:
+    """What `replay` will do: arguments and errors are its own."""
+    run = load_run(path)
+    recorded = Recorded(run)
+    last = min(max(recorded.last, 0) + 1, run.config.rounds)  # the round after the last is the one that failed
+    if not 1 <= round <= last:
+        raise InputError(f"round {round} cannot be replayed: {run.path} has {_named(range(1, last + 1))}")
+    rerun = _plan(run, recorded, _placed(run, {"mode": "serial"}), round, round - 1, client, own, anyway)
+    cohort = rerun.experiment.sample(round)
+    if client not in cohort:
+        some = ", ".join(map(str, cohort[:20])) + (f", ... ({len(cohort)} clients)" if len(cohort) > 20 else "")
+        raise InputError(f"client {client} had no part in round {round} of {run.path}; its cohort: {some}")
+    return rerun
+
+
+def _plan(
+    run: Run, recorded: Recorded, config: Config, first: int, last: int, client: int | None, own: Own, anyway: bool
+) -> Rerun:
+    """Checks that the run can be repeated here, and finds the nearest start before its round `first`."""
+    assert run.path is not None
+    _check_own(run, own)
+    x = prepare(config, model=own.model, strategy=own.strategy, dataset=own.dataset)
+    info, versions = run.info, environment.versions()
+    was = info.get("versions") or {}
+    unlike = _check_same(
+        run,
+        {"data (sha256)": (str(info["data"].get("sha256"))[:12], x.dataset.sha256()[:12])}
+        | {package: (was.get(package), versions.get(package)) for package in {**was, **versions}}
+        | {"placement.threads": (run.config.placement.threads, config.placement.threads)},
+        anyway,
+    )
+    saved = [round for round in checkpoint.rounds(run.path / "checkpoint") if round < first]
+    start = restore(run.path, saved[-1], x) if saved else None
+    if start and start.weights.sha256() != recorded.rounds.get(start.round, {}).get("weights_sha256"):
+        raise RunFolderError(
+            f"the checkpoint of round {start.round} in {run.path} does not hold the weights of that round's row; "
+            f"remove {run.path / 'checkpoint' / f'{start.round:06d}.json'} to start before it"
+        )
+    return Rerun(run, x, recorded, start, last, client, unlike, anyway)
+
+
+def _check_own(run: Run, own: Own) -> None:
+    had = run.info["own"]
+    missing = [part for part, given in vars(own).items() if part in had and given is None]
+    if missing:
+        named = ", ".join(f"{part} ({had[part]})" for part in missing)
+        raise InputError(
+            f"{run.path} has parts from Python, which must be given again: {named}; "
+            f"call fedsim.verify or fedsim.replay with {', '.join(f'{part}=...' for part in missing)}"
+        )
+    extra = [f"{part}=" for part, given in vars(own).items() if part not in had and given is not None]
+    if extra:
+        raise InputError(f"{run.path} has no part of its own for {', '.join(extra)}: leave it out")
+
+
+def _check_same(run: Run, pairs: Mapping[str, tuple[Any, Any]], anyway: bool) -> list[str]:
+    """Says what differs between the run and here, and refuses it unless the user goes on anyway."""
+    unlike = [f"{what} {was} in the run, {now} here" for what, (was, now) in pairs.items() if was != now]
+    if unlike and not anyway:
+        raise InputError(
+            f"{run.path} need not give the same bits here: {'; '.join(unlike)}.\n"
+            "Go on nevertheless with --anyway (from Python: anyway=True)"
+        )
+    return unlike
+
+
+def _chosen(rounds: int | str | None, recorded: Recorded, run: Run) -> tuple[int, int]:
+    """The first and last round that the user asks for."""
+    last = recorded.last
+    if last < 1:
+        raise InputError(f"{run.path} has no finished round to verify yet")
+    if rounds is None or rounds == "all":
+        return (1 if rounds else last), last
+    parts = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(rounds))
+    first, end = (int(parts[1]), int(parts[2] or parts[1])) if parts else (0, 0)
+    if not 1 <= first <= end <= last:
+        raise InputError(
+            f"rounds = {rounds}: {run.path} has {_named(range(1, last + 1))}; "
+            "write a round such as 1, a range such as 1..2, or all"
+        )
+    return first, end
+
+
+def _other_placement(run: Run) -> Mapping[str, Any]:
+    """A placement that the run did not have."""
+    if str(run.info.get("device")).startswith("cuda"):  # there the promise is for the same plan only
+        return run.config.placement.model_dump()
+    is_serial = run.info.get("placement", {}).get("mode") == "serial"
+    return {"mode": "packed", "actors": 2} if is_serial else {"mode": "serial"}
+
+
+def _placed(run: Run, placement: Mapping[str, Any]) -> Config:
+    """The run's configuration with another placement, but its threads and its engine, which are part of the bits."""
+    values = run.config.to_dict()
+    values["placement"] = {"threads": run.config.placement.threads, **placement}
+    if run.info.get("engine") in ("loop", "stacked"):  # what "auto" was for the run; here it might choose otherwise
+        values["training"]["engine"] = run.info["engine"]
+    return Config.from_dict(values)
+
+
+def _layout(placement: Mapping[str, Any]) -> str:
+    actors = placement.get("num_actors", placement.get("actors"))
+    return str(placement.get("mode")) + (f" with {actors} actors" if actors and actors != "auto" else "")
+
+
+def _named(rounds: range) -> str:
+    if not rounds:
+        return "no round but 0"
+    return f"rounds {rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else f"round {rounds[0]}"

@@ -1,0 +1,343 @@
+"""The stacked engine against autograd, and a stack against each of its clients alone."""
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedsim import models
+from fedsim.numerics import numerics
+from fedsim.stacked import Stacked, engine, obstacle
+from fedsim.stacked.engine import Piece, pieces
+from fedsim.stacked.layers import LAYERS
+from fedsim.training import Examples, Loop, Sgd, Trained, Work
+from fedsim.weights import Layout, Weights
+
+SHAPE, CLASSES = (2, 12, 10), 4
+RNG = np.random.Generator(np.random.PCG64(5))
+EXAMPLES = Examples(
+    torch.from_numpy(RNG.integers(256, size=(300, *SHAPE), dtype=np.uint8)),
+    torch.from_numpy(RNG.integers(CLASSES, size=300)),
+)
+PLAIN = Sgd(lr=0.1)
+HEAVY = Sgd(lr=0.05, momentum=0.9, weight_decay=0.02)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with numerics(1):
+        yield
+
+
+# For each layer type a model that has it, with options that are not the defaults.
+EXAMPLE_MODELS: dict[type[nn.Module], Callable[[], nn.Module]] = {
+    nn.Linear: lambda: nn.Sequential(nn.Flatten(), nn.Linear(240, 7), nn.Linear(7, CLASSES, bias=False)),
+    nn.Conv2d: lambda: nn.Sequential(
+        nn.Conv2d(2, 6, (3, 5), stride=(2, 1), padding=(1, 2), groups=2),
+        nn.Conv2d(6, 5, 3, dilation=(1, 2), bias=False),
+        nn.Conv2d(5, 4, 3, padding="same"),
+        nn.Conv2d(4, 3, 2, padding="valid"),
+        nn.Flatten(),
+        nn.Linear(45, CLASSES),
+    ),
+    nn.MaxPool2d: lambda: nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True), nn.Flatten(), nn.Linear(120, CLASSES)
+    ),
+    nn.AvgPool2d: lambda: nn.Sequential(
+        nn.Conv2d(2, 4, 3),
+        nn.AvgPool2d((2, 3), stride=2, padding=(1, 0), count_include_pad=False),
+        nn.Flatten(),
+        nn.Linear(72, CLASSES),
+    ),
+    nn.Flatten: lambda: nn.Sequential(nn.Conv2d(2, 3, 5), nn.Flatten(), nn.Linear(144, CLASSES)),
+    nn.Identity: lambda: nn.Sequential(nn.Identity(), nn.Flatten(), nn.Identity(), nn.Linear(240, CLASSES)),
+    nn.ReLU: lambda: with_activation(nn.ReLU(inplace=True)),
+    nn.Tanh: lambda: with_activation(nn.Tanh()),
+    nn.Sigmoid: lambda: with_activation(nn.Sigmoid()),
+    nn.GELU: lambda: with_activation(nn.GELU(approximate="tanh")),
+}
+
+
+def with_activation(activation: nn.Module) -> nn.Module:
+    """Before, between and after trained layers, in nested parts."""
+    inner = nn.Sequential(nn.Linear(240, 13), activation)
+    return nn.Sequential(nn.Flatten(), nn.Tanh(), inner, nn.Linear(13, CLASSES), nn.GELU())
+
+
+def made(factory: Callable[..., nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    return models.build(factory, SHAPE, CLASSES, seed=3).to(dtype)
+
+
+def work(*sizes: int, epochs: int = 1) -> list[Work]:
+    """A client for each size: its own examples, in another order each epoch."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    shards = [rng.permutation(300)[:size] for size in sizes]
+    return [Work([torch.from_numpy(rng.permutation(shard)) for _ in range(epochs)], 0) for shard in shards]
+
+
+def stacked(module: nn.Module, sgd: Sgd, batch_size: int) -> Stacked:
+    return Stacked(module, sgd, batch_size, CLASSES)
+
+
+def start(module: nn.Module) -> Weights:
+    return Layout.of(module).flatten(module)
+
+
+def bits(trained: Trained) -> tuple[int, float, bytes]:
+    return trained.num_steps, trained.train_loss, trained.weights.flat.numpy().tobytes()
+
+
+# ---------------------------------------------------------------- against autograd
+
+
+def test_there_is_a_model_for_each_layer_type():
+    assert EXAMPLE_MODELS.keys() == LAYERS.keys()
+
+
+@pytest.mark.parametrize("sgd", [PLAIN, Sgd(0.1, weight_decay=0.1), Sgd(0.05, momentum=0.5), HEAVY], ids=str)
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+def test_it_trains_as_autograd_does(kind, sgd):
+    """In float64, over epochs with a short last batch, clients of unequal size: to 1e-9, as every step is the same."""
+    module = made(EXAMPLE_MODELS[kind], torch.float64)
+    assert obstacle(module, SHAPE) is None
+    clients = work(23, 30, 8, epochs=2)
+    ours = stacked(module, sgd, 10).train(start(module), EXAMPLES, clients)
+    theirs = Loop(module, sgd, 10).train(start(module), EXAMPLES, clients)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.num_steps == b.num_steps
+        assert a.train_loss == pytest.approx(b.train_loss, rel=1e-9)
+        torch.testing.assert_close(a.weights.flat, b.weights.flat, rtol=1e-9, atol=1e-11)
+        assert (a.weights.flat - start(module).flat).abs().max() > 1e-4, "it has learnt"
+
+
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+def test_a_step_in_float32_is_that_of_autograd_to_1e_6(kind):
+    module = made(EXAMPLE_MODELS[kind])
+    clients = work(10, 10)
+    ours = stacked(module, PLAIN, 10).train(start(module), EXAMPLES, clients)
+    theirs = Loop(module, PLAIN, 10).train(start(module), EXAMPLES, clients)
+    for a, b in zip(ours, theirs, strict=True):
+        difference = (a.weights.flat - b.weights.flat).norm() / b.weights.flat.norm()
+        assert difference < 1e-6
+        assert a.train_loss == pytest.approx(b.train_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+def test_it_evaluates_as_the_module_does(kind):
+    module = made(EXAMPLE_MODELS[kind])
+    chunks = [(0, 130), (130, 300)]  # more and fewer than are computed at once
+    ours = stacked(module, PLAIN, 10).evaluate(start(module), EXAMPLES, chunks, [0, 0])
+    theirs = Loop(module, PLAIN, 10).evaluate(start(module), EXAMPLES, chunks, [0, 0])
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.num_examples == b.num_examples
+        assert a.loss_sum == pytest.approx(b.loss_sum, rel=1e-5)
+        assert abs(a.num_correct - b.num_correct) <= 1
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_model_of_the_table_can_be_stacked(name):
+    module = models.build(models.MODELS[name], (1, 28, 28), 10, seed=0)
+    assert obstacle(module, (1, 28, 28)) is None
+
+
+def test_it_changes_neither_the_global_weights_nor_the_module():
+    module = made(EXAMPLE_MODELS[nn.Conv2d])
+    weights = start(module)
+    before = weights.flat.clone()
+    stacked(module, HEAVY, 7).train(weights, EXAMPLES, work(20, 20))
+    stacked(module, HEAVY, 7).evaluate(weights, EXAMPLES, [(0, 50)], [0])
+    assert torch.equal(weights.flat, before)
+    assert torch.equal(start(module).flat, before)
+
+
+def test_momentum_starts_at_zero_in_each_fit():
+    module = made(EXAMPLE_MODELS[nn.Linear])
+    stack = stacked(module, HEAVY, 5)
+    first = stack.train(start(module), EXAMPLES, work(20, 20))
+    assert [bits(t) for t in first] == [bits(t) for t in stack.train(start(module), EXAMPLES, work(20, 20))]
+
+
+def test_a_loss_that_is_not_finite_is_its_clients_own():
+    """One client's examples overflow; its neighbour in the stack does not notice."""
+    images = torch.rand(20, *SHAPE)
+    images[:10] = 1e38
+    examples = Examples(images, torch.arange(20) % CLASSES)
+    clients = [Work([torch.arange(10)], 0), Work([torch.arange(10, 20)], 0)]
+    module = made(EXAMPLE_MODELS[nn.Linear])
+    broken, fine = stacked(module, PLAIN, 5).train(start(module), examples, clients)
+    (alone,) = stacked(module, PLAIN, 5).train(start(module), examples, clients[1:])
+    assert not torch.isfinite(broken.weights.flat).all()
+    assert bits(fine) == bits(alone)
+
+
+# ---------------------------------------------------------------- equal bits
+
+
+@pytest.mark.parametrize("sgd", [PLAIN, HEAVY], ids=["plain", "momentum and decay"])
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+def test_a_client_has_the_same_bits_in_any_stack(kind, sgd):
+    """Of any size and with any neighbours; unequal shards, several epochs, short last batches, some of one example."""
+    module = made(EXAMPLE_MODELS[kind])
+    clients = work(31, 30, 30, 21, 12, 30, 1, 4, epochs=2)
+    stack = stacked(module, sgd, 10)
+    alone = [bits(stack.train(start(module), EXAMPLES, [client])[0]) for client in clients]
+    for size in (2, 3, 5, 8):
+        for group in itertools.batched(range(8), size) if hasattr(itertools, "batched") else [range(size)]:
+            together = stack.train(start(module), EXAMPLES, [clients[k] for k in group])
+            assert [bits(t) for t in together] == [alone[k] for k in group]
+    backwards = stack.train(start(module), EXAMPLES, clients[::-1])
+    assert [bits(t) for t in backwards] == alone[::-1]
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=9),
+    st.integers(0, 12),
+    st.sampled_from(["logistic", "mlp", "2nn"]),
+    st.sampled_from([PLAIN, HEAVY]),
+)
+@example([1, 1, 1], 1, "mlp", PLAIN)  # batches of one example take another kernel
+@example([40, 40, 40], 0, "2nn", HEAVY)
+def test_any_cohort_has_the_bits_of_its_clients_alone(sizes, batch_size, model, sgd):
+    module = made(models.MODELS[model])
+    clients, stack = work(*sizes), stacked(module, sgd, batch_size)
+    together = stack.train(start(module), EXAMPLES, clients)
+    for client, trained in zip(clients, together, strict=True):
+        (alone,) = stack.train(start(module), EXAMPLES, [client])
+        assert bits(trained) == bits(alone)
+
+
+def test_what_would_not_have_equal_bits_is_computed_alone(monkeypatch):
+    """A kernel that rounds differently in a stack is noticed when its shape first occurs, and never used."""
+    original = torch.baddbmm
+
+    def rounds_by_the_stack(shift: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        y = original(shift, x, weight)
+        return y if len(x) == 1 else original(shift.double(), x.double(), weight.double()).float()
+
+    module = made(EXAMPLE_MODELS[nn.Linear])
+    clients = work(20, 20, 20)
+    expected = [bits(t) for t in stacked(module, PLAIN, 10).train(start(module), EXAMPLES, clients)]
+    monkeypatch.setattr(torch, "baddbmm", rounds_by_the_stack)
+    assert [bits(t) for t in stacked(module, PLAIN, 10).train(start(module), EXAMPLES, clients)] == expected
+    monkeypatch.setattr(Stacked, "_agrees", lambda *_: True)
+    assert [bits(t) for t in stacked(module, PLAIN, 10).train(start(module), EXAMPLES, clients)] != expected
+
+
+@pytest.mark.parametrize("gather", [1, 10, 37, 10_000])
+def test_how_many_examples_are_gathered_at_once_changes_no_bit(monkeypatch, gather):
+    module = made(EXAMPLE_MODELS[nn.Linear])
+    expected = [bits(t) for t in stacked(module, PLAIN, 10).train(start(module), EXAMPLES, work(25, 30))]
+    monkeypatch.setattr(engine, "_GATHER", gather)
+    assert [bits(t) for t in stacked(module, PLAIN, 10).train(start(module), EXAMPLES, work(25, 30))] == expected
+
+
+# ---------------------------------------------------------------- pieces
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(0, 20))
+def test_pieces_are_each_clients_batches_in_their_order(sizes, batch_size):
+    sizes = sorted(sizes, reverse=True)
+    taken: list[list[tuple[int, int]]] = [[] for _ in sizes]
+    for piece in pieces(sizes, batch_size):
+        assert piece.num_steps > 0
+        for k in range(len(sizes))[piece.clients]:
+            taken[k] += [
+                (piece.start + step * piece.batch, piece.start + (step + 1) * piece.batch)
+                for step in range(piece.num_steps)
+            ]
+    for size, batches in zip(sizes, taken, strict=True):
+        cuts = range(0, size, batch_size or size)
+        assert batches == [(cut, min(cut + (batch_size or size), size)) for cut in cuts]
+
+
+def test_equal_clients_take_every_step_together():
+    assert list(pieces([25, 25, 25], 10)) == [Piece(slice(0, 3), 0, 10, 2), Piece(slice(0, 3), 20, 5, 1)]
+    assert list(pieces([25, 25], 0)) == [Piece(slice(0, 2), 0, 25, 1)]
+
+
+# ---------------------------------------------------------------- what it cannot run
+
+
+class Subclassed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def shared() -> nn.Module:
+    layer = nn.Linear(240, 240)
+    return nn.Sequential(nn.Flatten(), layer, layer, nn.Linear(240, CLASSES))
+
+
+def tied() -> nn.Module:
+    one, other = nn.Linear(240, 240), nn.Linear(240, 240)
+    other.weight = one.weight
+    return nn.Sequential(nn.Flatten(), one, other, nn.Linear(240, CLASSES))
+
+
+def hooked() -> nn.Module:
+    module = made(EXAMPLE_MODELS[nn.Linear])
+    module[1].register_forward_hook(lambda layer, inputs, output: output * 2)
+    return module
+
+
+def hooked_as_a_whole() -> nn.Module:
+    module = made(EXAMPLE_MODELS[nn.ReLU])
+    module[2].register_forward_pre_hook(lambda layer, inputs: None)
+    return module
+
+
+def patched() -> nn.Module:
+    module = made(EXAMPLE_MODELS[nn.Linear])
+    module[1].forward = lambda x: x[:, :7]
+    return module
+
+
+def frozen() -> nn.Module:
+    module = made(EXAMPLE_MODELS[nn.Linear])
+    module[1].bias.requires_grad_(False)
+    return module
+
+
+class Sub(nn.Sequential):
+    pass
+
+
+HEAD = (nn.Flatten(), nn.Linear(240, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        (lambda: Subclassed(240, CLASSES), "Subclassed is not an nn.Sequential"),
+        (lambda: Sub(*HEAD), "Sub is not an nn.Sequential"),
+        (lambda: nn.Sequential(nn.Flatten(), Subclassed(240, CLASSES)), "layer 1, Subclassed, is none of Linear, "),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Sequential(nn.Dropout(), nn.Linear(240, 4))), "layer 1.0, Dropout,"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(2), *HEAD), "layer 0, BatchNorm2d,"),
+        (shared, "layer 2, Linear, is used twice"),
+        (tied, "layer 2, Linear, is used twice"),
+        (hooked, "layer 1, Linear, has hooks"),
+        (hooked_as_a_whole, "layer 2, Sequential, has hooks"),
+        (patched, "layer 1, Linear, has hooks or a forward of its own"),
+        (frozen, "layer 1, Linear, has frozen parameters"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), *HEAD), "padding_mode='reflect'"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 2, 4, padding="same"), *HEAD), "padding='same' differs from side to side"),
+        (lambda: nn.Sequential(nn.MaxPool2d(1, return_indices=True), *HEAD), "return_indices"),
+        (lambda: nn.Sequential(nn.Flatten(0, 1), *HEAD), "Flatten of dimensions 0 to 1"),
+        (lambda: nn.Sequential(nn.Linear(10, 2), nn.Flatten(), nn.Linear(48, CLASSES)), ""),  # on images
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, CLASSES)), "Expected size"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 3, 3)), ""),  # no logits
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_obstacle_is_named(factory, said):
+    found = obstacle(made(factory), SHAPE)
+    assert found is not None
+    assert said in found
+    assert len(found.splitlines()) == 1
