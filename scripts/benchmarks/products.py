@@ -1,8 +1,8 @@
 """The bound: how long a model's matrix products take here, alone, on all cores at once.
 
-Of each Linear layer the products of one client's step: forward, weight gradient, and input gradient but for the first
-layer; a convolution counts as the products that it amounts to, without the copies. Each is timed by itself, with its
-operands in the cache, on one thread; a process a core does the same at the same time. Letters: B examples of a batch.
+Of each layer the products of one client's step: forward, weight gradient, and input gradient but for the first layer;
+a convolution is one product, done by the library's own routine. Each is timed by itself, over and over on the same
+operands, on one thread, in the fastest way that torch has, while a process on every other core does the same.
 
     python scripts/benchmarks/products.py 2nn --batch-size 10
 """
@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from math import prod
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -31,61 +31,78 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.plain_loop import MODELS
 
 EVALUATION_CHUNK = 1000
-CONV_IMAGES = 10
-"""Images of one product of a convolution: those of many more do not fit the cache."""
 BLOCK_S = 0.005
+
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Product:
-    """[m, k] times [k, n], `count` times a step."""
+    """One product of a step, and the ways to compute it."""
 
+    phase: str
+    """fit or evaluate."""
     layer: int
     what: str
-    m: int
-    k: int
-    n: int
-    count: float = 1
-
-    @property
-    def flops(self) -> float:
-        """Of all `count` of them."""
-        return 2.0 * self.m * self.k * self.n * self.count
+    """forward, weight gradient or input gradient."""
+    flops: float
+    ways: dict[str, Call] = field(repr=False)
 
 
-def products(module: nn.Module, batch_size: int, *, training: bool) -> Iterator[Product]:
-    """The products of one step on images [B, 1, 28, 28], or of their forward pass alone."""
-    shapes: dict[nn.Module, torch.Size] = {}
+def step_and_chunk(model: str, batch_size: int) -> list[Product]:
+    """The products of a training step on `batch_size` examples, and of the evaluation of a chunk."""
+    step = products("fit", MODELS[model](), batch_size)
+    return [*step, *products("evaluate", MODELS[model](), EVALUATION_CHUNK)]
+
+
+def products(phase: str, module: nn.Module, batch_size: int) -> Iterator[Product]:
+    """The products of a module on images [batch_size, 1, 28, 28]; to evaluate takes the forward ones only."""
+    shapes: dict[nn.Module, tuple[torch.Size, torch.Size]] = {}
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     for layer in layers:
-        layer.register_forward_hook(lambda layer, inputs, output: shapes.__setitem__(layer, output.shape))
+        layer.register_forward_hook(lambda layer, given, out: shapes.__setitem__(layer, (given[0].shape, out.shape)))
     with torch.no_grad():
-        module(torch.zeros(1, 1, 28, 28))
+        module(torch.zeros(batch_size, 1, 28, 28))
     for number, layer in enumerate(layers, start=1):
-        if isinstance(layer, nn.Linear):
-            count, examples, inputs, outputs = 1.0, batch_size, layer.in_features, layer.out_features
-        else:
-            images = min(batch_size, CONV_IMAGES)
-            count, examples = batch_size / images, images * prod(shapes[layer][2:])
-            inputs, outputs = layer.in_channels * prod(layer.kernel_size), layer.out_channels
-        yield Product(number, "forward", examples, inputs, outputs, count)
-        if training:
-            yield Product(number, "weight gradient", outputs, examples, inputs, count)
-        if training and number > 1:
-            yield Product(number, "input gradient", examples, outputs, inputs, count)
+        inputs, outputs = (torch.randn(shape) for shape in shapes[layer])
+        flops = 2.0 * outputs.numel() * prod(layer.weight.shape[1:])
+        make = _of_linear if isinstance(layer, nn.Linear) else _of_convolution
+        for what, ways in make(layer, inputs, outputs).items():
+            if what == "forward" or (phase == "fit" and (what, number) != ("input gradient", 1)):
+                yield Product(phase, number, what, flops, ways)
 
 
-def operands(product: Product) -> tuple[Tensor, Tensor]:
-    """The factors as a layer has them: weights [outputs, inputs], examples row by row."""
-    m, k, n = product.m, product.k, product.n
-    if product.what == "forward":
-        return torch.randn(m, k), torch.randn(n, k).T
-    if product.what == "weight gradient":
-        return torch.randn(k, m).T, torch.randn(k, n)
-    return torch.randn(m, k), torch.randn(k, n)
+def _of_linear(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> dict[str, dict[str, Call]]:
+    weight = layer.weight.detach()
+    factors = {"forward": (inputs, weight.T), "weight gradient": (gradient.T, inputs)}
+    factors["input gradient"] = (gradient, weight)
+    return {what: _ways(left, right) for what, (left, right) in factors.items()}
 
 
-def seconds(call: Callable[[], object], duration_s: float) -> float:
+def _ways(left: Tensor, right: Tensor) -> dict[str, Call]:
+    """A product by the library behind `torch.mm`, and by the one behind convolutions, which may be the faster."""
+    out = left @ right
+    ways: dict[str, Call] = {"mm": lambda: torch.mm(left, right, out=out)}
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        ways["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
+    return ways
+
+
+def _of_convolution(layer: nn.Conv2d, inputs: Tensor, gradient: Tensor) -> dict[str, dict[str, Call]]:
+    weight, strides, padding, ones = layer.weight.detach(), layer.stride, layer.padding, layer.dilation
+    rest = (None, strides, padding, ones, False, (0, 0), layer.groups)
+
+    def backward(*mask: bool) -> Call:
+        return lambda: torch.ops.aten.convolution_backward(gradient, inputs, weight, *rest, mask)
+
+    return {
+        "forward": {"conv": lambda: torch.conv2d(inputs, weight, None, strides, padding)},
+        "weight gradient": {"conv": backward(False, True, False)},
+        "input gradient": {"conv": backward(True, False, False)},
+    }
+
+
+def seconds(call: Call, duration_s: float) -> float:
     """Of one call: the fastest tenth of blocks of calls, as a bound should not be slowed by what else happens."""
     blocks: list[float] = []
     calls = 1
@@ -102,23 +119,27 @@ def seconds(call: Callable[[], object], duration_s: float) -> float:
     return statistics.quantiles(blocks, n=10, method="inclusive")[0]
 
 
-def _measure(todo: list[Product], duration_s: float, barrier: Barrier, results: SimpleQueue[list[float]]) -> None:
+def _measure(
+    model: str, batch_size: int, duration_s: float, barrier: Barrier, results: SimpleQueue[list[float]]
+) -> None:
     torch.set_num_threads(1)
-    measured = []
+    fastest = []
     with torch.inference_mode():
-        for product in todo:
-            left, right = operands(product)
-            out = torch.empty(product.m, product.n)
-            barrier.wait(timeout=120)
-            measured.append(product.count * seconds(lambda: torch.mm(left, right, out=out), duration_s))  # noqa: B023
-    results.put(measured)
+        for product in step_and_chunk(model, batch_size):
+            times = []
+            for call in product.ways.values():
+                barrier.wait(timeout=120)
+                times.append(seconds(call, duration_s))
+            fastest.append(min(times))
+    results.put(fastest)
 
 
-def measure(todo: list[Product], cores: int, duration_s: float) -> list[float]:
+def measure(model: str, batch_size: int, cores: int, duration_s: float) -> list[float]:
     """Seconds of each product where `cores` processes do it at the same time: the mean over the processes."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(cores), context.SimpleQueue()
-    workers = [context.Process(target=_measure, args=(todo, duration_s, barrier, results)) for _ in range(cores)]
+    arguments = (model, batch_size, duration_s, barrier, results)
+    workers = [context.Process(target=_measure, args=arguments) for _ in range(cores)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -136,13 +157,10 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--duration", type=float, default=0.2, metavar="S", help="for each product")
     args = parser.parse_args()
-    module = MODELS[args.model]()
-    step = [("fit", product) for product in products(module, args.batch_size, training=True)]
-    chunk = [("evaluate", product) for product in products(module, EVALUATION_CHUNK, training=False)]
-    times = measure([product for _, product in step + chunk], args.cores, args.duration)
-    for (phase, product), time_s in zip(step + chunk, times, strict=True):
-        rate = product.flops / time_s / 1e9
-        print(json.dumps({"phase": phase, **asdict(product), "seconds": time_s, "gflops": rate}), flush=True)
+    times = measure(args.model, args.batch_size, args.cores, args.duration)
+    for product, time_s in zip(step_and_chunk(args.model, args.batch_size), times, strict=True):
+        said = {key: getattr(product, key) for key in ("phase", "layer", "what", "flops")}
+        print(json.dumps({**said, "seconds": time_s, "gflops": product.flops / time_s / 1e9}), flush=True)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def _overhead(section: Section, name: str, task: Task, frame: pd.DataFrame) -> N
 
     outside = milliseconds(ours["round_s"] - ours["fit_s"] - ours["evaluate_s"])
     rest = milliseconds(ours["round_s"] - ours[["fit_s", "aggregate_s", "evaluate_s"]].sum(axis=1))
-    written = 1e3 * ours.loc[ours["warm"].astype(bool), "between_s"].mean()
+    written = 1e3 * ours["between_s"].mean()
     most = task.limits.get("overhead_ms")
     what = f"{name}: round outside of fit and evaluate"
     section.say(
@@ -243,8 +243,8 @@ def _method(section: Section, task: Task, measured: Measured) -> None:
             f"of each the median of its {warm} warm rounds, evaluation included; " if task.kind != "start" else ""
         )
         section.say(
-            f"method: median of {frame['repetition'].max()} alternated runs, {of_rounds}run r of every system has seed "
-            "r; memory from a run of its own"
+            f"method: median of {frame['repetition'].max()} alternating runs, {of_rounds}run r of every system has "
+            "seed r; memory from a run of its own"
         )
     machine = facts["machine"]
     section.say(
