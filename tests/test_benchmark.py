@@ -194,7 +194,8 @@ def test_a_runs_folder_is_read(tmp_path):
     assert (rounds["busiest_s"] <= rounds["fit_s"]).all()
     assert (rounds["between_s"][:2] >= 0).all(), "a round begins after the one before"
     assert np.isnan(rounds["between_s"][2])
-    assert (rounds["row_bytes"] > 100).all()
+    assert (rounds["file_bytes"] > 1000).all()
+    assert (rounds["value_bytes"] > 1000).all()
     assert (rounds["checkpoint_bytes"] > 4 * 50_890).all()
     assert measured.memory["round"].tolist() == [-1, 2, -1], "before the first and after the last there is no round"
 
@@ -275,12 +276,12 @@ def test_the_page_of_start_scale_and_memory(tmp_path):
     page = published(tmp_path, START)
     assert "| start-up over the plain sum | 0.80 | at most 0.85 | reached |" in page
 
-    sizes = {"row_bytes": 500.0, "checkpoint_bytes": 8e5, "start_s": 4.0}
+    sizes = {"file_bytes": 500.0, "value_bytes": 400.0, "checkpoint_bytes": 8e5, "start_s": 4.0}
     few, many = system(**OURS, **sizes), system(**{**OURS, "round_s": 2.5}, **sizes)
     page = published(tmp_path, Task("More", {"few": few, "many": many}, 4, "scale", limits={"ratio": 1.2}))
     assert "| seconds a round, many over few | 1.25 | at most 1.2 | **not reached** |" in page
     assert "| memory, many over few | 1.00 | at most 1.2 | reached |" in page
-    assert "| rows written, many over few | 1.00 | at most 1.2 | reached |" in page
+    assert "| values written, many over few | 1.00 | at most 1.2 | reached |" in page
 
     def leaking(rounds: int, seed: int, sample_s: float | None) -> Measured:
         measured = made_up(rounds, seed, **OURS)

@@ -1,8 +1,9 @@
 """The bound: how long a model's matrix products take here, alone, on all cores at once.
 
 Of each layer the products of one client's step: forward, weight gradient, and input gradient but for the first layer;
-a convolution is one product, done by the library's own routine. Each is timed by itself, over and over on the same
-operands, on one thread, in the fastest way that torch has, while a process on every other core does the same.
+a convolution is one product, done by the library's own routine on a few images at a time. Each is timed by itself,
+over and over on the same operands, on one thread, in the fastest way that torch has, while a process on every other
+core does the same.
 
     python scripts/benchmarks/products.py 2nn --batch-size 10
 """
@@ -31,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from baselines.plain_loop import MODELS
 
 EVALUATION_CHUNK = 1000
+CONVOLVED = 10
+"""Images of one call of a convolution: what many more of them take is their results' way to memory and back."""
 BLOCK_S = 0.005
 
 Call = Callable[[], object]
@@ -46,6 +49,9 @@ class Product:
     what: str
     """forward, weight gradient or input gradient."""
     flops: float
+    """Of all `count` calls."""
+    count: float
+    """How often a step does it."""
     ways: dict[str, Call] = field(repr=False)
 
 
@@ -62,14 +68,16 @@ def products(phase: str, module: nn.Module, batch_size: int) -> Iterator[Product
     for layer in layers:
         layer.register_forward_hook(lambda layer, given, out: shapes.__setitem__(layer, (given[0].shape, out.shape)))
     with torch.no_grad():
-        module(torch.zeros(batch_size, 1, 28, 28))
+        module(torch.zeros(1, 1, 28, 28))
     for number, layer in enumerate(layers, start=1):
-        inputs, outputs = (torch.randn(shape) for shape in shapes[layer])
-        flops = 2.0 * outputs.numel() * prod(layer.weight.shape[1:])
+        examples = min(batch_size, CONVOLVED) if isinstance(layer, nn.Conv2d) else batch_size
+        inputs, outputs = (torch.randn(examples, *shape[1:]) for shape in shapes[layer])
+        count = batch_size / examples
+        flops = count * 2.0 * outputs.numel() * prod(layer.weight.shape[1:])
         make = _of_linear if isinstance(layer, nn.Linear) else _of_convolution
         for what, ways in make(layer, inputs, outputs).items():
             if what == "forward" or (phase == "fit" and (what, number) != ("input gradient", 1)):
-                yield Product(phase, number, what, flops, ways)
+                yield Product(phase, number, what, flops, count, ways)
 
 
 def _of_linear(layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> dict[str, dict[str, Call]]:
@@ -130,7 +138,7 @@ def _measure(
             for call in product.ways.values():
                 barrier.wait(timeout=120)
                 times.append(seconds(call, duration_s))
-            fastest.append(min(times))
+            fastest.append(product.count * min(times))
     results.put(fastest)
 
 

@@ -193,7 +193,8 @@ def _start(section: Section, name: str, task: Task, measured: Measured) -> None:
 
 def _scale(section: Section, name: str, task: Task, measured: Measured) -> None:
     frame, peak = measured.rounds, peaks(measured.memory)
-    round_s, row_bytes = medians(frame, "round_s"), medians(frame, "row_bytes")
+    round_s, value_bytes = medians(frame, "round_s"), medians(frame, "value_bytes")
+    file_kb = {key: size / 1e3 for key, size in medians(frame, "file_bytes").items()}
     checkpoints = {key: size / 1e6 for key, size in medians(frame, "checkpoint_bytes").items()}
     section.table(
         "",
@@ -204,13 +205,14 @@ def _scale(section: Section, name: str, task: Task, measured: Measured) -> None:
             "driver (MB)": _cells(peak["driver"] / 1e6, "{:,.0f}"),
             "actors (MB)": _cells(peak["workers"] / 1e6, "{:,.0f}"),
             "together (MB)": _cells(peak["together"] / 1e6, "{:,.0f}"),
-            "rows written a round (bytes, without the files' heads)": _cells(row_bytes, "{:,.0f}"),
+            "files of rows, a round (kB)": _cells(file_kb, "{:,.1f}"),
+            "values in them (kB)": _cells({key: size / 1e3 for key, size in value_bytes.items()}, "{:,.1f}"),
             "a checkpoint (MB)": _cells(checkpoints, "{:.2f}"),
             "start-up (s)": _cells(medians(frame, "start_s"), "{:.1f}"),
         },
     )
     if (most := task.limits.get("ratio")) is not None:
-        of = {"seconds a round": round_s, "memory": peak["together"].to_dict(), "rows written": row_bytes}
+        of = {"seconds a round": round_s, "memory": peak["together"].to_dict(), "values written": value_bytes}
         for what, values in of.items():
             first, *_, last = values
             ratio = values[last] / values[first]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pyarrow import parquet
 
 import fedsim.datasets
 from benchmarks import processes, products
@@ -71,7 +72,8 @@ ROUND_COLUMNS = {
     "processes": "that trained",
     "start_s": "of the run: from the start of the process to the start of round 0",
     "process_s": "of the run: from the start of the process to its end",
-    "row_bytes": "of the run: its rows on disk, over its rounds, without what a file has that is empty",
+    "file_bytes": "of the run: the files of its rows, over its rounds; there are more of them the longer it takes",
+    "value_bytes": "of the run: the values in these files, over its rounds",
     "checkpoint_bytes": "of the run: its last checkpoint",
 }
 
@@ -110,7 +112,7 @@ def read_run(folder: Path, done: processes.Finished, epochs: int) -> Measured:
     # A client that shares a computation has the seconds of the whole stack.
     clients["own_s"] = clients["fit_s"] / clients["stack_size"].fillna(1)
     busiest = clients.groupby(["round", "actor"])["own_s"].sum().groupby("round").max()
-    row_bytes = sum(_row_bytes(folder / f"{kind}.parquet") for kind in ("rounds", "clients"))
+    tables = [folder / f"{kind}.parquet" for kind in ("rounds", "clients")]
     checkpoint = list((folder / "checkpoint").glob(f"{frame['round'].max():06d}.*"))
     rounds = frame.assign(
         busiest_s=frame["round"].map(busiest),
@@ -119,7 +121,8 @@ def read_run(folder: Path, done: processes.Finished, epochs: int) -> Measured:
         processes=clients["pid"].nunique(),
         start_s=starts[0] - done.started,
         process_s=done.seconds,
-        row_bytes=row_bytes / len(frame),
+        file_bytes=sum(part.stat().st_size for table in tables for part in table.iterdir()) / len(frame),
+        value_bytes=sum(parquet.read_table(table).nbytes for table in tables) / len(frame),
         checkpoint_bytes=sum(path.stat().st_size for path in checkpoint),
     )
     memory = pd.DataFrame(done.memory, columns=["at", *processes.ROLES])
@@ -192,12 +195,6 @@ def plain_start(rounds: int, seed: int, sample_s: float | None) -> Measured:
     done = processes.run(_baseline("plain_start.py", f"--actors={CORES}"), sample_s=sample_s)
     frame = pd.DataFrame({"round": [rounds], "start_s": [float(done.stdout) - done.started]})
     return Measured(frame.assign(process_s=done.seconds).reindex(columns=list(ROUND_COLUMNS)))
-
-
-def _row_bytes(parts: Path) -> int:
-    """Of a folder of part files; how many there are depends on how fast the rounds are, not on what they say."""
-    empty = (parts / "part-empty.parquet").stat().st_size
-    return sum(path.stat().st_size - empty for path in parts.glob("part-[0-9]*"))
 
 
 def _of_lines(done: processes.Finished, *, processes_: int, examples: int) -> Measured:
