@@ -153,7 +153,7 @@ def test_memory_is_that_of_all_processes_by_their_role():
     done = processes.run([sys.executable, "-c", code], sample_s=0.05)
     assert done.stdout == "done\n", "it is read to its end while the memory is looked at"
     most = pd.DataFrame(done.memory).max()
-    assert most["workers"] > size > most["driver"] > 0
+    assert most["actors"] > size > most["driver"] > 0
     assert most["ray"] == 0
     assert most["at"] >= done.started
 
@@ -161,14 +161,14 @@ def test_memory_is_that_of_all_processes_by_their_role():
 @pytest.mark.parametrize(
     ("line", "role"),
     [
-        ("ray::_HostActor.fit", "workers"),
-        ("ray::ClientAppActor", "workers"),
+        ("ray::_HostActor.fit", "actors"),
+        ("ray::ClientAppActor", "actors"),
         ("ray::IDLE", "ray"),
         ("/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=/tmp/y", "ray"),
         ("/x/ray/core/src/ray/gcs/gcs_server --log_dir=/tmp/y", "ray"),
         ("/x/python -u /x/ray/dashboard/agent.py", "ray"),
         ("/x/python /x/ray/_private/workers/default_worker.py", "ray"),
-        ("/x/python -m fedsim run", "workers"),
+        ("/x/python -m fedsim run", "actors"),
     ],
 )
 def test_rays_own_processes_are_told_from_workers(line, role):
@@ -183,7 +183,7 @@ def test_a_runs_folder_is_read(tmp_path):
     run = fedsim.run(Config().override(changes), results=tmp_path)
     starts = run.rounds["started_at"].map(pd.Timestamp.timestamp)
     looked_at = (starts[0] - 1, starts[2], starts[3] + 9)
-    samples = [{"at": at, "driver": 1.0, "workers": 2.0, "ray": 3.0} for at in looked_at]
+    samples = [{"at": at, "driver": 1.0, "actors": 2.0, "ray": 3.0} for at in looked_at]
     measured = systems.read_run(run.path, processes.Finished("", starts[0] - 5, 9.0, samples), epochs=2)
     rounds = measured.rounds
     assert list(rounds) == list(ROUND_COLUMNS)
@@ -224,7 +224,7 @@ def made_up(rounds: int, seed: int, **columns: float) -> Measured:
     frame = frame.assign(processes=1, **columns).reindex(columns=list(ROUND_COLUMNS))
     frame["round_s"] *= np.where(frame["round"] == 1, 50, seed)
     at = np.arange(10 * rounds) / 10
-    memory = pd.DataFrame({"at": at, "driver": 5e8, "workers": 1e9, "ray": 1e8, "round": (at + 1).astype(int)})
+    memory = pd.DataFrame({"at": at, "driver": 5e8, "actors": 1e9, "ray": 1e8, "round": (at + 1).astype(int)})
     return Measured(frame, memory)
 
 
@@ -285,13 +285,13 @@ def test_the_page_of_start_scale_and_memory(tmp_path):
 
     def leaking(rounds: int, seed: int, sample_s: float | None) -> Measured:
         measured = made_up(rounds, seed, **OURS)
-        measured.memory.loc[measured.memory["round"] > 400, "workers"] *= 1.04
+        measured.memory.loc[measured.memory["round"] > 400, "actors"] *= 1.04
         return measured
 
     page = published(tmp_path, Task("Memory", {"fedsim": leaking}, 500, "memory", limits={"drift": 0.03}))
     compared = "rounds 401 to 500 against 100 to 200"
     assert f"| memory of the driver, {compared} | +0.0% | within 3% | reached |" in page
-    assert f"| memory of the workers, {compared} | +4.0% | within 3% | **not reached** |" in page
+    assert f"| memory of the actors, {compared} | +4.0% | within 3% | **not reached** |" in page
 
 
 def test_the_figure_has_every_kind_and_is_the_same_for_the_same_data(tmp_path):

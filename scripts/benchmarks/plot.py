@@ -48,7 +48,6 @@ def _speed(axes: Axes, found: Mapping[str, Measured], tasks: Mapping[str, Task])
             axes.text(left + width / 2, height, f"{height:.2g}", ha="center", va="bottom", fontsize=7)
         if BOUND in seconds:
             axes.hlines(seconds["plain loop"] / seconds[BOUND], place - 0.4, place + 0.4, "black", "dotted")
-    axes.set_yscale("log")
     axes.set_xticks(range(len(found)), [name.replace("_", " ") for name in found])
     axes.set_title("times as fast as the plain loop, a warm round")
     names = [axes.bar(0, 0, color=color, label=system) for system, color in COLORS.items()]
@@ -77,8 +76,8 @@ def _memory(axes: Axes, found: Mapping[str, Measured], tasks: Mapping[str, Task]
     """Memory over the rounds."""
     ((name, measured),) = found.items()
     memory = measured.memory.loc[measured.memory["round"] >= 0]
-    for role, color in (("driver", COLORS["plain loop"]), ("workers", COLORS["fedsim"])):
-        axes.plot(memory["round"], memory[role] / 1e6, color=color, label="actors" if role == "workers" else role)
+    for role, color in (("driver", COLORS["plain loop"]), ("actors", COLORS["fedsim"])):
+        axes.plot(memory["round"], memory[role] / 1e6, color=color, label=role)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("round")
     axes.set_ylabel("memory (MB, PSS)")

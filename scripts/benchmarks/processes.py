@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-OURS = ("driver", "workers")
+OURS = ("driver", "actors")
 ROLES = (*OURS, "ray")
 RAYS_OWN = ("gcs_server", "raylet", "ray::IDLE", "ray/_private/", "ray/dashboard/")
 """What the command lines of Ray's own processes have in them, those of a worker that nobody uses yet among them."""
@@ -78,4 +78,4 @@ def pss(root: psutil.Process) -> dict[str, float]:
 def role(command: Sequence[str]) -> str:
     """Whether a process that the driver started, or one of these did, is a worker or Ray's own."""
     line = " ".join(command)
-    return "ray" if any(name in line for name in RAYS_OWN) else "workers"
+    return "ray" if any(name in line for name in RAYS_OWN) else "actors"

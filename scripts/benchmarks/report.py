@@ -108,7 +108,7 @@ def medians(rounds: pd.DataFrame, column: str) -> dict[str, float]:
 
 
 def peaks(memory: pd.DataFrame) -> pd.DataFrame:
-    """Of each system, the most bytes that its driver, its workers, both together, and Ray's own processes had."""
+    """Of each system, the most bytes that its driver, its actors, both together, and Ray's own processes had."""
     of_all = memory.assign(together=memory[list(OURS)].sum(axis=1))
     return of_all.groupby("system", sort=False)[[*ROLES, "together"]].max()
 
@@ -150,7 +150,7 @@ def _speed(section: Section, name: str, task: Task, measured: Measured) -> None:
         together = float(of["together"])
         check = Check(what, f"{together:,.0f} MB", f"under {most:,.0f} MB", together < most) if most else None
         section.say(
-            f"peak memory of fedsim (PSS): driver {of['driver']:,.0f} MB, actors {of['workers']:,.0f} MB, Ray's own "
+            f"peak memory of fedsim (PSS): driver {of['driver']:,.0f} MB, actors {of['actors']:,.0f} MB, Ray's own "
             f"{of['ray']:,.0f} MB; driver and actors together **{together:,.0f} MB**",
             check,
         )
@@ -203,7 +203,7 @@ def _scale(section: Section, name: str, task: Task, measured: Measured) -> None:
             "min to max of the runs (s)": _spreads(per_run(frame, "round_s"), "{:.3f}"),
             "samples/s while training": _cells(_rates(frame), "{:,.0f}"),
             "driver (MB)": _cells(peak["driver"] / 1e6, "{:,.0f}"),
-            "actors (MB)": _cells(peak["workers"] / 1e6, "{:,.0f}"),
+            "actors (MB)": _cells(peak["actors"] / 1e6, "{:,.0f}"),
             "together (MB)": _cells(peak["together"] / 1e6, "{:,.0f}"),
             "files of rows, a round (kB)": _cells(file_kb, "{:,.1f}"),
             "values in them (kB)": _cells({key: size / 1e3 for key, size in value_bytes.items()}, "{:,.1f}"),
