@@ -14,6 +14,7 @@ machine; all tasks take about an hour on two cores:
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import shlex
@@ -82,13 +83,17 @@ def _run(name: str, system: System, rounds: int, seed: int, sample_s: float | No
         raise
 
 
+git_commit = functools.cache(environment.git_commit)
+"""As it was before the first task's files changed the tree."""
+
+
 def environment_facts() -> dict[str, Any]:
     """When, where and with what this is measured."""
     machine = environment.machine()
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
-        "git_commit": environment.git_commit(),
+        "git_commit": git_commit(),
         "versions": environment.versions(),
         "machine": {key: machine[key] for key in ("processor", "num_cpus", "memory_bytes")},
         "load_average": os.getloadavg()[0],

@@ -128,22 +128,22 @@ def seconds(call: Call, duration_s: float) -> float:
 
 
 def _measure(
-    model: str, batch_size: int, duration_s: float, barrier: Barrier, results: SimpleQueue[list[float]]
+    model: str, batch_size: int, duration_s: float, barrier: Barrier, results: SimpleQueue[list[tuple[float, str]]]
 ) -> None:
     torch.set_num_threads(1)
     fastest = []
     with torch.inference_mode():
         for product in step_and_chunk(model, batch_size):
             times = []
-            for call in product.ways.values():
+            for way, call in product.ways.items():
                 barrier.wait(timeout=120)
-                times.append(seconds(call, duration_s))
-            fastest.append(product.count * min(times))
+                times.append((product.count * seconds(call, duration_s), way))
+            fastest.append(min(times))
     results.put(fastest)
 
 
-def measure(model: str, batch_size: int, cores: int, duration_s: float) -> list[float]:
-    """Seconds of each product where `cores` processes do it at the same time: the mean over the processes."""
+def measure(model: str, batch_size: int, cores: int, duration_s: float) -> list[tuple[float, str]]:
+    """Of each product, its seconds where `cores` processes do it at the same time, on average, and the fastest way."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(cores), context.SimpleQueue()
     arguments = (model, batch_size, duration_s, barrier, results)
@@ -154,7 +154,8 @@ def measure(model: str, batch_size: int, cores: int, duration_s: float) -> list[
         worker.join()
         if worker.exitcode:
             raise RuntimeError(f"a measuring process failed with exit code {worker.exitcode}")
-    return [statistics.mean(times) for times in zip(*(results.get() for _ in workers), strict=True)]
+    by_product = zip(*(results.get() for _ in workers), strict=True)
+    return [(statistics.mean(time_s for time_s, _ in found), found[0][1]) for found in by_product]
 
 
 def main() -> None:
@@ -165,10 +166,10 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--duration", type=float, default=0.2, metavar="S", help="for each product")
     args = parser.parse_args()
-    times = measure(args.model, args.batch_size, args.cores, args.duration)
-    for product, time_s in zip(step_and_chunk(args.model, args.batch_size), times, strict=True):
+    measured = measure(args.model, args.batch_size, args.cores, args.duration)
+    for product, (time_s, way) in zip(step_and_chunk(args.model, args.batch_size), measured, strict=True):
         said = {key: getattr(product, key) for key in ("phase", "layer", "what", "flops")}
-        print(json.dumps({**said, "seconds": time_s, "gflops": product.flops / time_s / 1e9}), flush=True)
+        print(json.dumps({**said, "seconds": time_s, "gflops": product.flops / time_s / 1e9, "by": way}), flush=True)
 
 
 if __name__ == "__main__":
