@@ -21,7 +21,7 @@ from baselines import plain_loop
 from benchmarks import plot, processes, products, report, systems
 from benchmarks.systems import ROUND_COLUMNS, Measured, System, Workload
 from benchmarks.tasks import BOUND, MNIST, PLAIN_SUM, SCALED, T1, T2, T3, T4, Task, make_tasks
-from fedsim import cli
+from fedsim.cli.options import configuration
 from fedsim.config import Config
 
 # ---------------------------------------------------------------- what is measured
@@ -48,7 +48,7 @@ WORKLOADS = {"T1": T1, "T2": T2, "T3": T3, "T4": T4, "mnist": MNIST, "scale": SC
 def test_fedsim_and_the_plain_loop_are_given_the_same_work(workload, monkeypatch):
     (ours,) = commands(systems.fedsim_run(workload), monkeypatch)
     changes = dict(word.removeprefix("--set=").split("=", 1) for word in ours if word.startswith("--set="))
-    config = cli._configuration("mnist", [f"{key}={value}" for key, value in changes.items()], None)
+    config = configuration("mnist", [f"{key}={value}" for key, value in changes.items()], None)
     (plain,) = commands(systems.plain_loop(workload), monkeypatch)
     options = dict(word.removeprefix("--").split("=", 1) for word in plain if "=" in word)
     assert options == {

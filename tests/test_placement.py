@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedsim.config import PlacementConfig
 from fedsim.errors import PlanError
-from fedsim.placement import Node, Plan, Size, local_node, make_plan
+from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
 from fedsim.placement import plan as placement
 
 GB = 10**9
@@ -330,6 +330,8 @@ def test_this_machine():
     assert node.num_gpus >= 0
     assert node.memory_bytes > 0
     assert planned(node, mode="packed", clients=1).num_actors == 1
+    no_gpu = dataclasses.replace(node, num_gpus=0, gpu_memory_bytes=0, memory_bytes=0)
+    assert dataclasses.replace(cpu_node(), memory_bytes=0) == no_gpu, "what is known before torch is imported"
 
 
 def test_the_advice_on_gpu_shares_fits():
