@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,11 @@ from torch import nn
 from fedsim import datasets, models, sampling, stacked
 from fedsim.client import ClientSpec
 from fedsim.config import Config
-from fedsim.config.tables import arguments, lookup
 from fedsim.datasets import Dataset
 from fedsim.errors import ConfigError
 from fedsim.numerics import numerics
 from fedsim.partition import PARTITIONERS, Partition
+from fedsim.resolution import address, resolve
 from fedsim.sampling import SAMPLERS, Sampler
 from fedsim.seeding import generator
 from fedsim.strategies import STRATEGIES, Strategy
@@ -56,9 +55,7 @@ class Experiment:
     @property
     def address(self) -> str:
         """Where Ray is: the configuration's address where it was set, else RAY_ADDRESS, else a private Ray."""
-        placement = self.config.placement
-        is_set = "address" in placement.model_fields_set
-        return placement.address if is_set else os.environ.get("RAY_ADDRESS") or placement.address
+        return address(self.config)
 
 
 def prepare(
@@ -87,7 +84,7 @@ def prepare(
         strategy = STRATEGIES[config.strategy.name](**config.strategy.arguments)
     elif not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy must be a fedsim.Strategy(init, aggregate), not {type(strategy).__name__}")
-    factory = model or lookup(models.MODELS, config.model.name, "model.name")
+    factory = model or models.MODELS[config.model.name]
     data = dataset or datasets.load(config.data.dataset)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset must be a fedsim.Dataset, not {type(data).__name__}")
@@ -123,27 +120,6 @@ def prepare(
         obstacle=obstacle,
         own={name: _called(part) for name, part in own.items() if part is not None},
     )
-
-
-def resolve(config: Config, *, own_strategy: bool = False) -> Config:
-    """Checks the names and arguments of a configuration against the tables, and fills in the arguments' defaults.
-
-    Raises:
-        ConfigError: see `config.lookup` and `config.arguments`.
-    """
-    partitioner = lookup(PARTITIONERS, config.data.partition.name, "data.partition.name")
-    changes: dict[str, Any] = {
-        f"data.partition.{name}": value
-        for name, value in arguments(partitioner, config.data.partition.arguments, "data.partition").items()
-    }
-    if not own_strategy:
-        builder = lookup(STRATEGIES, config.strategy.name, "strategy.name")
-        given = arguments(builder, config.strategy.arguments, "strategy")
-        changes |= {f"strategy.{name}": value for name, value in given.items()}
-    lookup(models.MODELS, config.model.name, "model.name")
-    lookup(datasets.DATASETS, config.data.dataset, "data.dataset")
-    lookup(SAMPLERS, config.clients.sampler, "clients.sampler")
-    return config.override(changes)
 
 
 def _called(part: Any) -> str:

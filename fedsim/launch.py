@@ -1,15 +1,48 @@
-"""From checked parts to running hosts: the plan, the Ray it needs, and the pool."""
+"""From a configuration to running hosts: the Ray that it needs, the plan, and the pool."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import math
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedsim.actors import Pool
-from fedsim.actors.serial import SerialPool
-from fedsim.experiment import Experiment
-from fedsim.placement import Node, Plan, Size, local_node, make_plan
+from fedsim.config import Config
+from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
+from fedsim.resolution import address, resolve
+from fedsim.sampling import cohort_size
+
+if TYPE_CHECKING:
+    from fedsim.actors import Pool
+    from fedsim.experiment import Experiment
+
+
+@contextlib.contextmanager
+def early_ray(config: Config, *, debug: bool = False) -> Iterator[None]:
+    """Starts the private Ray that a run of this configuration will use, if it uses one; stops it at the end.
+
+    To be entered before torch is imported: this process and the workers do it while Ray starts.
+
+    Raises:
+        ConfigError, PlanError: what can be known to be wrong without torch; nothing was started.
+    """
+    config = resolve(config)
+    placement, clients = config.placement, config.clients
+    if placement.mode == "serial" or address(config) != "local" or placement.num_gpus not in ("auto", 0):
+        yield
+        return
+    from fedsim.actors import connection
+
+    node = cpu_node()
+    # before model and engine are known, of which only stacks depend; the final plan asks for no more actors
+    size = Size(clients.count, cohort_size(clients.per_round, clients.count), model_bytes=0)
+    plan = make_plan(placement, size, (node,))
+    store_bytes = _early_store_bytes(node.memory_bytes)
+    with connection.connect("local", _ray_cpus(plan), store_bytes, meanwhile=_import_parts, debug=debug):
+        yield
 
 
 def preview(x: Experiment) -> Plan:
@@ -19,7 +52,7 @@ def preview(x: Experiment) -> Plan:
         PlanError: as `connect`.
     """
     if _is_alone(x):
-        return _plan(x, local_node())
+        return _plan(x, _this_machine(x))
     with connect(x) as plan:
         return plan
 
@@ -35,16 +68,18 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
     Raises:
         PlanError: the clients do not fit, or no Ray answers at the address.
     """
-    node = local_node()
-    if _is_alone(x):
-        plan = _plan(x, node)  # refuses what does not fit before a Ray is started
+    is_alone = _is_alone(x)
+    if is_alone:
+        plan = _plan(x, _this_machine(x))  # refuses what does not fit before any actor is asked for
     if x.config.placement.mode == "serial":
         yield plan
         return
     from fedsim.actors import connection  # imports ray, which a serial run does without
 
-    with connection.connect(x.address, node, _store_bytes(x), debug=debug) as nodes:
-        plan = _plan(x, *nodes)
+    num_cpus = _ray_cpus(plan) if is_alone else 0  # a cluster has its own
+    with connection.connect(x.address, num_cpus, _store_bytes(x), debug=debug) as nodes:
+        if not is_alone:
+            plan = _plan(x, *nodes)
         if not connection.has_room(plan):  # others use this Ray: what is left must do, or the plan is refused
             plan = _plan(x, *connection.free_nodes())
         yield plan
@@ -53,9 +88,12 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
 @contextlib.contextmanager
 def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     """Starts the hosts of the clients, and stops them at the end."""
-    spec = dataclasses.replace(x.spec, stack_size=plan.stack_size)
+    spec = replace(x.spec, stack_size=plan.stack_size)
+    pool: Pool
     if plan.mode == "serial":
-        pool: Pool = SerialPool(spec, x.dataset, x.partition)
+        from fedsim.actors.serial import SerialPool
+
+        pool = SerialPool(spec, x.dataset, x.partition)
     else:
         from fedsim.actors.ray_pool import RayPool
 
@@ -67,12 +105,22 @@ def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
 
 
 def _is_alone(x: Experiment) -> bool:
-    """Whether the run has this machine for itself: serial, or on a private Ray that is not started yet."""
+    """Whether the run has this machine for itself: serial, or on a private Ray."""
     if x.config.placement.mode == "serial":
         return True
     from fedsim.actors import connection
 
-    return x.address == "local" and not connection.is_connected()
+    return x.address == "local" and (connection.free_before_start() is not None or not connection.is_connected())
+
+
+def _this_machine(x: Experiment) -> Node:
+    """This machine as a run that is alone has it: the idle workers of an early Ray will be its actors."""
+    node = local_node()
+    if x.config.placement.mode == "serial":
+        return node
+    from fedsim.actors import connection
+
+    return replace(node, memory_bytes=connection.free_before_start() or node.memory_bytes)
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:
@@ -84,3 +132,20 @@ def _store_bytes(x: Experiment) -> int:
     """What a private Ray's object store must hold: data, weights and a round's updates, twice over."""
     images = x.dataset.train_images.nbytes + x.dataset.test_images.nbytes
     return 2 * (images + x.partition.indices.nbytes + (x.cohort_size + 2) * x.model_bytes) + 100_000_000
+
+
+def _import_parts() -> None:
+    import fedsim.experiment  # noqa: F401 - brings torch, a second's work
+
+
+def _ray_cpus(plan: Plan) -> int:
+    """CPUs of a private Ray: what the actors are pinned to and no more, as it starts a worker for each at once."""
+    return math.ceil(plan.num_actors * plan.num_cpus)
+
+
+def _early_store_bytes(free_bytes: int) -> int:
+    """What the object store of an early Ray may grow to, while data and model are unknown."""
+    num_bytes = min(free_bytes // 4, 8_000_000_000)
+    if Path("/dev/shm").is_dir():  # where Ray puts it, if it fits
+        num_bytes = min(num_bytes, int(0.9 * shutil.disk_usage("/dev/shm").free))
+    return max(num_bytes, 200_000_000)

@@ -1,7 +1,8 @@
 """The models clients train. Each is a plain `nn.Sequential` that adapts to the data set's images and classes.
 
 A model maps images [B, C, H, W] float32 to logits [B, num_classes]. To add one, write a function with the signature
-below and give it a line in `MODELS`; from Python, pass your own factory to `fedsim.run(model=...)`.
+below and give it a line in `MODELS`; from Python, pass your own factory to `fedsim.run(model=...)`. Torch is imported
+in the functions, so that the table can be read without.
 """
 
 from __future__ import annotations
@@ -9,24 +10,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from math import prod
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, TypeAlias
 
 from fedsim.errors import ConfigError
 from fedsim.seeding import torch_seed
 
+if TYPE_CHECKING:
+    from torch import nn
+
 ImageShape = tuple[int, int, int]  # C, H, W
-ModelFactory = Callable[[ImageShape, int], nn.Module]
+ModelFactory: TypeAlias = "Callable[[ImageShape, int], nn.Module]"
 
 
 def mlp(input_shape: ImageShape, num_classes: int) -> nn.Module:
     """One hidden layer of 64: the model of the program fedsim began as (784-64-10, 50,890 parameters on MNIST)."""
+    from torch import nn
+
     return nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), 64), nn.ReLU(), nn.Linear(64, num_classes))
 
 
 def two_nn(input_shape: ImageShape, num_classes: int) -> nn.Module:
     """The 2NN of McMahan et al. 2017: two hidden layers of 200 (199,210 parameters on MNIST)."""
+    from torch import nn
+
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(prod(input_shape), 200),
@@ -43,6 +49,8 @@ def cnn(input_shape: ImageShape, num_classes: int) -> nn.Module:
     Two 5x5 convolutions (32, 64 channels), each followed by ReLU and 2x2 max pooling, then a layer of 512. The paper
     does not give the padding: only 'same' fits its number of parameters.
     """
+    from torch import nn
+
     channels, height, width = input_shape
     if height < 4 or width < 4:
         raise ConfigError(f"model.name = 'cnn' needs images of at least 4x4 pixels, not {height}x{width}; try mlp")
@@ -62,6 +70,8 @@ def cnn(input_shape: ImageShape, num_classes: int) -> nn.Module:
 
 def logistic(input_shape: ImageShape, num_classes: int) -> nn.Module:
     """Multinomial logistic regression: one linear layer (7,850 parameters on MNIST)."""
+    from torch import nn
+
     return nn.Sequential(nn.Flatten(), nn.Linear(prod(input_shape), num_classes))
 
 
@@ -80,6 +90,9 @@ def build(factory: Callable[..., nn.Module], input_shape: ImageShape, num_classe
 
     Determinism: the same weights for the same seed; torch's global generator is left as it was.
     """
+    import torch
+    from torch import nn
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(torch_seed("init", seed))
         module = factory(input_shape, num_classes) if _takes_arguments(factory) else factory()

@@ -22,7 +22,8 @@ from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
 from fedsim.placement import Plan
-from fedsim.results import Run, RunWriter, check_name, target
+from fedsim.results import Run, RunWriter
+from fedsim.run_folder import check_name, target
 from fedsim.simulation import Round, Start, federated_averaging
 from fedsim.strategies import Strategy
 

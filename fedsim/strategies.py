@@ -4,6 +4,8 @@
 a dictionary of tensors, so that it can be saved with the weights. To add a strategy, write one builder and give it a
 line in `STRATEGIES`; from Python, pass a `Strategy` to `fedsim.run(strategy=...)`.
 
+Torch is not imported here, so that the table can be read without: tensors are made from those that are given.
+
 Shape letters: K completed clients of the round in ascending client_id, D values of the model.
 
 References:
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-State = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State: TypeAlias = "dict[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ def weighted_mean(updates: Tensor, num_examples: Tensor) -> Tensor:
         The mean, shape [D], float64.
 
     Example:
+        >>> import torch
         >>> weighted_mean(torch.tensor([[1.0], [4.0]]), torch.tensor([2, 1]))
         tensor([2.], dtype=torch.float64)
     """
-    total = torch.zeros(updates.shape[1], dtype=torch.float64)
+    total = updates.new_zeros(updates.shape[1]).double()
     for update, n in zip(updates, num_examples.tolist(), strict=True):
         total.add_(update, alpha=n)
     return total.div_(float(num_examples.sum()))
@@ -81,7 +85,7 @@ def fedavgm(
     """Averaging with server momentum: v <- server_momentum v + mean update; w <- w + server_lr v."""
 
     def init(weights: Tensor) -> State:
-        return {"velocity": torch.zeros_like(weights, dtype=torch.float64)}
+        return {"velocity": weights.new_zeros(len(weights)).double()}
 
     def aggregate(state: State, weights: Tensor, updates: Tensor, num_examples: Tensor) -> tuple[Tensor, State]:
         velocity = server_momentum * state["velocity"] + weighted_mean(updates, num_examples)
@@ -103,7 +107,7 @@ def fedadam(
     """
 
     def init(weights: Tensor) -> State:
-        zeros = torch.zeros_like(weights, dtype=torch.float64)
+        zeros = weights.new_zeros(len(weights)).double()
         return {"first_moment": zeros, "second_moment": zeros + tau**2}
 
     def aggregate(state: State, weights: Tensor, updates: Tensor, num_examples: Tensor) -> tuple[Tensor, State]:

@@ -133,7 +133,7 @@ reason() { # reason EXTRA
   elif [ -n "${FEDSIM_PIP_ARGS:-}" ] && [ "$(stamped arguments)" != "$FEDSIM_PIP_ARGS" ]; then
     printf 'FEDSIM_PIP_ARGS has changed'
   elif [ -n "$1" ] && [ "$(stamped extra)" != "$1" ]; then
-    printf 'adding the %s extra, about 30 MB' "$1"
+    printf 'adding the %s extra, about 60 MB' "$1"
   fi
 }
 

@@ -18,7 +18,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 LAYERS = (
     ("errors", "seeding", "files"),
     ("config.messages", "config.tables", "config"),
-    ("presets",),
+    ("presets", "run_folder"),
     (
         "datasets.dataset",
         "datasets.idx",
@@ -44,7 +44,7 @@ LAYERS = (
         "stacked",
         "fingerprint",
     ),
-    ("client", "placement.machine", "placement.plan", "placement"),
+    ("client", "placement.machine", "placement.plan", "placement", "resolution"),
     (
         "checkpoint",
         "results.writer",
@@ -274,6 +274,17 @@ def test_an_actor_loads_only_what_it_needs():
 @pytest.mark.parametrize("statement", ["import fedsim", "import fedsim.cli", "import fedsim; fedsim.preset('mnist')"])
 def test_the_door_and_the_command_line_open_at_once(statement):
     assert loaded_by(statement, of=("fedsim", "torch", "ray", "torchvision", "pandas", "pyarrow")) == [{"fedsim"}]
+
+
+def test_what_is_checked_before_ray_starts_needs_no_torch():
+    """A wrong name is answered at once, and torch is imported while Ray starts."""
+    statement = "import fedsim.cli, fedsim.launch, fedsim.resolution, fedsim.run_folder, fedsim.actors.connection"
+    assert loaded_by(statement, of=("ray", "torch", "torchvision", "pandas", "pyarrow")) == [{"ray"}]
+    assert loaded_by(statement.rpartition(",")[0], of=("ray", "torch")) == [set()]
+
+
+def test_a_run_loads_pandas_only_for_who_reads_it():
+    assert loaded_by("import fedsim.recording", of=("torch", "pandas")) == [{"torch"}]
 
 
 def loaded_with(name: str) -> set[str]:

@@ -2,18 +2,17 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import fedsim
-from fedsim import models
+from fedsim import datasets, models
 from fedsim.datasets import idx
 from fedsim.experiment import prepare
 from fedsim.models import ImageShape
@@ -36,15 +35,40 @@ def float64_mlp(input_shape: ImageShape, num_classes: int) -> nn.Module:
     return models.mlp(input_shape, num_classes).double()
 
 
-@pytest.mark.parametrize("dataset", ["synthetic", pytest.param("mnist", marks=pytest.mark.mnist)])
-def test_the_plain_loop_ends_where_fedsim_does(dataset: str) -> None:
-    config = fedsim.preset("seed").override(
-        {"data.dataset": dataset, "rounds": 1, "training.local_epochs": 1, "placement.mode": "serial"}
-    )
-    run = fedsim.run(config, model=float64_mlp, results=None)
+def float64_two_nn(input_shape: ImageShape, num_classes: int) -> nn.Module:
+    return models.two_nn(input_shape, num_classes).double()
 
-    x = prepare(config, model=float64_mlp)
-    module = models.build(float64_mlp, x.dataset.input_shape, x.dataset.num_classes, config.seed)
+
+def float64_cnn(input_shape: ImageShape, num_classes: int) -> nn.Module:
+    return models.cnn(input_shape, num_classes).double()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "factory"),
+    [
+        ("synthetic", "mlp", float64_mlp),
+        ("synthetic", "2nn", float64_two_nn),
+        ("synthetic", "cnn", float64_cnn),
+        pytest.param("mnist", "mlp", float64_mlp, marks=pytest.mark.mnist),
+    ],
+)
+def test_the_plain_loop_ends_where_fedsim_does(dataset: str, name: str, factory: models.ModelFactory) -> None:
+    config = fedsim.preset("seed").override({"rounds": 1, "training.local_epochs": 1, "placement.mode": "serial"})
+    data = datasets.load(dataset)
+    if name == "cnn":  # a few steps are enough, and slow
+        train, test = slice(200), slice(100)
+        data = replace(
+            data,
+            train_images=data.train_images[train],
+            train_labels=data.train_labels[train],
+            test_images=data.test_images[test],
+            test_labels=data.test_labels[test],
+        )
+    run = fedsim.run(config, model=factory, dataset=data, results=None)
+
+    x = prepare(config, model=factory, dataset=data)
+    plain_loop = load(PLAIN_LOOP)
+    module = plain_loop.MODELS[name]().double()
     initial = x.layout.unflatten(x.initial_weights)
     module.load_state_dict(initial)
 
@@ -52,7 +76,7 @@ def test_the_plain_loop_ends_where_fedsim_does(dataset: str) -> None:
         rng = generator("shuffle", config.seed, round=round, client=client, epoch=epoch)
         return torch.from_numpy(rng.permutation(shard.numpy()))
 
-    ((accuracy, seconds),) = load(PLAIN_LOOP).federated_averaging(
+    (plain_round,) = plain_loop.federated_averaging(
         module,
         [torch.from_numpy(x.partition.shard(client)) for client in range(config.clients.count)],
         torch.from_numpy(x.dataset.train_images).double() / 255,
@@ -71,8 +95,8 @@ def test_the_plain_loop_ends_where_fedsim_does(dataset: str) -> None:
     assert ours.keys() == plain.keys()
     assert max((plain[name] - initial[name]).abs().max().item() for name in initial) > 0.01, "it has learnt"
     assert max((plain[name] - ours[name]).abs().max().item() for name in ours) <= 1e-5
-    assert accuracy == run.rounds["test_accuracy"].iloc[-1]
-    assert seconds > 0
+    assert plain_round.test_accuracy == run.rounds["test_accuracy"].iloc[-1]
+    assert 0 < plain_round.fit_s + plain_round.evaluate_s <= plain_round.round_s
 
 
 def test_the_plain_loop_weighs_clients_by_examples_and_draws_cohorts() -> None:
@@ -118,29 +142,3 @@ def test_the_original_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     assert printed.startswith("round 1: test accuracy 0.")
     assert len(printed.splitlines()) == 1
-
-
-def test_the_benchmark_page_is_made_from_its_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    benchmark = load(SCRIPTS / "benchmark.py")
-
-    def system(*seconds: float, processes: int) -> Callable[[int, int], pd.DataFrame]:
-        def run(rounds: int, seed: int) -> pd.DataFrame:
-            columns = {"round": range(1, rounds + 1), "round_s": [s * seed for s in seconds], "test_accuracy": 0.9}
-            return pd.DataFrame(columns).assign(processes=processes)
-
-        return run
-
-    systems = {"fedsim": system(50, 1, 3, 1, processes=10), "plain loop": system(10, 4, 4, 9, processes=1)}
-    task = benchmark.Task("A title", "mnist", systems, target=0.75)
-    monkeypatch.setattr(benchmark, "TASKS", {"a_task": task})
-    monkeypatch.setattr(benchmark, "_python", lambda *arguments: "[250000000, 240000000]")
-    measured = benchmark.measure(task, repetitions=3, rounds=4, warm_up=1)
-    printed = benchmark.write("a_task", measured, tmp_path / "new")
-
-    assert (tmp_path / "new" / "README.md").read_text().endswith(printed)
-    assert "| fedsim | 2.000 | 1.000 to 3.000 | 1.000, 2.000, 3.000 | 0.9000 (0.9000 to 0.9000) | 10 |" in printed
-    assert "fedsim / plain loop: **0.25** of the time (target: at most 0.75)" in printed
-    assert "240 to 250 MB" in printed
-    saved = pd.read_parquet(tmp_path / "new" / "a_task.parquet")
-    assert saved["system"].tolist() == (["fedsim"] * 4 + ["plain loop"] * 4) * 3, "they take turns"
-    assert saved["warm"].tolist() == [False, True, True, True] * 6

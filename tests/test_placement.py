@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fedsim.config import PlacementConfig
 from fedsim.errors import PlanError
-from fedsim.placement import Node, Plan, Size, local_node, make_plan
+from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
 from fedsim.placement import plan as placement
 
 GB = 10**9
@@ -45,15 +45,15 @@ def refused(*nodes: Node, **asked: Any) -> str:
 @pytest.mark.parametrize(
     ("clients", "node", "mode"),
     [
-        (2, machine(2), "actor-per-client"),  # 4 s
-        (10, machine(8), "actor-per-client"),  # 5 s
-        (10, machine(2), "packed"),  # 20 s
-        (39, machine(16), "actor-per-client"),  # just below 10 s
-        (41, machine(16), "packed"),  # just above
+        (2, machine(2), "actor-per-client"),  # 2 s
+        (10, machine(8), "actor-per-client"),  # 2.5 s
+        (10, machine(2), "packed"),  # 10 s
+        (79, machine(16, memory_gb=1000), "actor-per-client"),  # just below 10 s
+        (81, machine(16, memory_gb=1000), "packed"),  # just above
         (1000, machine(64, memory_gb=1000), "packed"),
         (1000, machine(1000, memory_gb=1000), "actor-per-client"),
-        (10, machine(8, memory_gb=8), "actor-per-client"),  # 3.9 GB of 4
-        (10, machine(8, memory_gb=6.9), "packed"),  # 3.9 GB of 3.45
+        (10, machine(8, memory_gb=8.1), "actor-per-client"),  # 4.00 GB of 4.05
+        (10, machine(8, memory_gb=7.9), "packed"),  # 4.00 GB of 3.95
         (1, machine(0.5), "actor-per-client"),
     ],
 )
@@ -68,17 +68,17 @@ def test_auto_gives_each_client_an_actor_while_start_and_memory_allow(clients, n
 
 
 def test_auto_counts_the_updates_of_a_round_as_memory():
-    """10 actors of 0.39 GB and 10 updates of 0.1 GB are 4.9 GB."""
-    assert planned(machine(8, memory_gb=9.9), model_bytes=GB // 10).mode == "actor-per-client"
-    assert planned(machine(8, memory_gb=9.7), model_bytes=GB // 10).mode == "packed"
-    assert planned(machine(8, memory_gb=9.7), model_bytes=GB // 10, cohort=1).mode == "actor-per-client"
+    """10 actors of 0.4 GB and 10 updates of 0.1 GB are 5 GB."""
+    assert planned(machine(8, memory_gb=10.1), model_bytes=GB // 10).mode == "actor-per-client"
+    assert planned(machine(8, memory_gb=9.9), model_bytes=GB // 10).mode == "packed"
+    assert planned(machine(8, memory_gb=9.9), model_bytes=GB // 10, cohort=1).mode == "actor-per-client"
 
 
 def test_auto_says_what_it_counted():
     reason = planned(machine(2)).reasons[0]
     assert reason == (
-        "packed: an actor for each of 10 clients would start in about 20 s (auto takes less than 10 s) "
-        "and take 3.9 GB (half of what is free: 32.0 GB)"
+        "packed: an actor for each of 10 clients would start in about 10 s (auto takes less than 10 s) "
+        "and take 4.0 GB (half of what is free: 32.0 GB)"
     )
 
 
@@ -225,10 +225,10 @@ def test_cpu_and_gpu_have_to_be_on_the_same_node():
 def test_memory_that_is_not_there():
     message = refused(machine(64, memory_gb=3), mode="actor-per-client")
     assert message == (
-        "10 actors need about 3.9 GB of memory (0.4 GB each), but 3.0 GB are free; "
+        "10 actors need about 4.0 GB of memory (0.4 GB each), but 3.0 GB are free; "
         "set placement.mode=packed or fewer placement.actors"
     )
-    assert planned(machine(64, memory_gb=4), mode="actor-per-client").num_actors == 10
+    assert planned(machine(64, memory_gb=4.1), mode="actor-per-client").num_actors == 10
     assert "2.4 GB of memory" in refused(machine(1, memory_gb=2), mode="packed", clients=2, model_bytes=GB)
 
 
@@ -330,6 +330,8 @@ def test_this_machine():
     assert node.num_gpus >= 0
     assert node.memory_bytes > 0
     assert planned(node, mode="packed", clients=1).num_actors == 1
+    no_gpu = dataclasses.replace(node, num_gpus=0, gpu_memory_bytes=0, memory_bytes=0)
+    assert dataclasses.replace(cpu_node(), memory_bytes=0) == no_gpu, "what is known before torch is imported"
 
 
 def test_the_advice_on_gpu_shares_fits():
@@ -363,4 +365,5 @@ def test_an_automatic_number_of_actors_fits_the_share_asked_for(asked):
 
 
 def test_start_up_of_exactly_the_budget_is_too_long():
-    assert planned(machine(2), clients=5).mode == "packed"
+    assert planned(machine(2), clients=10).mode == "packed"
+    assert planned(machine(2), clients=9).mode == "actor-per-client"

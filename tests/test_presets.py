@@ -5,8 +5,8 @@ import pytest
 import fedsim
 from fedsim.config import Config
 from fedsim.errors import ConfigError
-from fedsim.experiment import resolve
 from fedsim.presets import PRESETS, experiment, preset
+from fedsim.resolution import resolve
 
 # What each preset promises; every other key has its default.
 MNIST = {

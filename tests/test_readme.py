@@ -14,9 +14,9 @@ import fedsim
 from fedsim import cli, partition
 from fedsim.config import keys
 from fedsim.config.tables import arguments
-from fedsim.experiment import resolve
 from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS
 from fedsim.partition import PARTITIONERS
+from fedsim.resolution import resolve
 from fedsim.strategies import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +88,7 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
         fedsim.run(fedsim.preset("mnist").override({"data.dataset": "synthetic", "placement.mode": "serial"}))
         monkeypatch.setattr("fedsim.rerun.prepare", stop)
     (tmp_path / "my.toml").write_text(fedsim.preset("mnist").to_toml())
-    monkeypatch.setattr("fedsim.recording.Recording", stop)
+    monkeypatch.setattr("fedsim.launch.early_ray", stop)
     monkeypatch.setattr("fedsim.datasets.fetch", lambda name: seen.append(name))
     monkeypatch.setattr("fedsim.experiment.prepare", stop)
     with pytest.raises(SystemExit) as ended:

@@ -25,8 +25,8 @@ from fedsim.config import RUN_NAME, Config
 from fedsim.errors import ClientError, ConfigError, InputError, RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, CLIENT_SCHEMA, ROUND_COLUMNS, ROUND_SCHEMA, RoundRecord
 from fedsim.recording import Recording
-from fedsim.results import Run, RunWriter, find_runs, load_run, load_runs, target
-from fedsim.results.writer import is_live
+from fedsim.results import Run, RunWriter, find_runs, load_run, load_runs
+from fedsim.run_folder import is_live, target
 from fedsim.strategies import Strategy, fedavg
 from fedsim.weights import Layout
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fedsim.client import ClientUpdate
-from fedsim.training import Evaluation
-from fedsim.weights import Weights
+if TYPE_CHECKING:
+    from fedsim.client import ClientUpdate
+    from fedsim.training import Evaluation
+    from fedsim.weights import Weights
 
 
 @dataclass(frozen=True)

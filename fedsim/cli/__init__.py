@@ -58,28 +58,31 @@ def run(
     debug: DebugOption = False,
 ) -> None:
     """Runs an experiment and writes its rounds to Parquet."""
-    from fedsim.recording import Recording
+    from fedsim import launch, run_folder
 
     config = configuration(experiment_name, changes, address)
     started = time.perf_counter()
-    recording = Recording(config, results=results, name=name, overwrite=overwrite, debug=debug)
+    run_folder.target(results, name, config.name, overwrite)  # refuses a name before anything is started
     record: RoundRecord | None = None
     try:
-        if _interrupts:
-            raise KeyboardInterrupt
-        with recording:
-            for finished in recording if quiet else with_progress(recording):
-                record = finished
-                if _interrupts:
-                    raise KeyboardInterrupt
+        with launch.early_ray(config, debug=debug):
+            from fedsim.recording import Recording
+
+            recording = Recording(config, results=results, name=name, overwrite=overwrite, debug=debug)
+            if _interrupts:
+                raise KeyboardInterrupt
+            with recording:
+                for finished in recording if quiet else with_progress(recording):
+                    record = finished
+                    if _interrupts:
+                        raise KeyboardInterrupt
     except KeyboardInterrupt:
         done = f"{recording.folder} holds the rounds up to {record.round}" if record else "no round was finished"
         _fail(f"interrupted: {done}", 130)
     assert record is not None  # round 0 is always there
     accuracy = f"test accuracy {record.test_accuracy:.4f}"  # the last round is always evaluated
-    console.print(
-        f"{recording.folder}: {accuracy} after {count_rounds(record.round)} ({time.perf_counter() - started:.1f} s)"
-    )
+    seconds = time.perf_counter() - started
+    console.print(f"{recording.folder}: {accuracy} after {count_rounds(record.round)} ({seconds:.1f} s)")
     console.print(f"import pandas as pd; pd.read_parquet({f'{recording.folder}/rounds.parquet'!r})")
 
 
@@ -186,11 +189,10 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app(arguments, prog_name="fedsim")
-    except FedsimError as error:
+    except (FedsimError, OSError) as error:
+        code = error.exit_code if isinstance(error, FedsimError) else 1
         said = "\n".join([str(error), *getattr(error, "__notes__", [])])
-        _fail(traceback.format_exc() if "--debug" in arguments else said, error.exit_code)
-    except OSError as error:
-        _fail(traceback.format_exc() if "--debug" in arguments else str(error), 1)
+        _fail(traceback.format_exc() if "--debug" in arguments else said, code)
 
 
 _interrupts: list[int] = []  # signals so far: a library may swallow the exception while it is imported

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -32,15 +32,18 @@ def local_node() -> Node:
     """This machine, as this process may use it."""
     import torch  # counts GPUs without starting CUDA
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count()
+    return replace(cpu_node(), num_gpus=gpus, gpu_memory_bytes=_gpu_memory_bytes() if gpus else 0)
+
+
+def cpu_node() -> Node:
+    """This machine without its GPUs, which only torch can count: it need not be imported yet."""
     return Node(
-        cpus,
-        gpus,
-        psutil.virtual_memory().available,
-        _gpu_memory_bytes() if gpus else 0,
-        _limit("RLIMIT_NPROC"),
-        _limit("RLIMIT_NOFILE"),
+        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_gpus=0,
+        memory_bytes=psutil.virtual_memory().available,
+        max_threads=_limit("RLIMIT_NPROC"),
+        max_files=_limit("RLIMIT_NOFILE"),
     )
 
 

@@ -12,9 +12,9 @@ from fedsim.config import PlacementConfig
 from fedsim.errors import PlanError
 from fedsim.placement.machine import Node
 
-ACTOR_BYTES = 390_000_000
+ACTOR_BYTES = 400_000_000
 """Memory of an actor that has torch loaded (PSS)."""
-ACTOR_START_CORE_S = 4.0
+ACTOR_START_CORE_S = 2.0
 """Core-seconds to start one: importing torch and ray."""
 ACTOR_THREADS = 25
 """Threads of one, as the system's limit of processes counts them."""

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from torch import Tensor, nn
 
 from fedsim import checkpoint, models
@@ -19,8 +18,12 @@ from fedsim.config.tables import lookup
 from fedsim.errors import RunFolderError
 from fedsim.metrics import RoundRecord, table
 from fedsim.numerics import numerics
-from fedsim.results.writer import RUN_VERSION, SCHEMAS, is_live, read_info
+from fedsim.results.writer import RUN_VERSION, SCHEMAS
+from fedsim.run_folder import is_live, read_info
 from fedsim.weights import Layout
+
+if TYPE_CHECKING:
+    import pandas as pd  # imported where a frame is asked for: a run that is only written does without
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,8 @@ class Run:
         return module
 
     def _frame(self, kind: str) -> pd.DataFrame:
+        import pandas as pd
+
         if self.path is not None:
             frame: pd.DataFrame = pd.read_parquet(self.path / f"{kind}.parquet")
             return frame
@@ -155,11 +160,15 @@ class Runs(tuple[Run, ...]):
     @property
     def rounds(self) -> pd.DataFrame:
         """As `Run.rounds`, of all runs."""
+        import pandas as pd
+
         return pd.concat([run.rounds for run in self], ignore_index=True)
 
     @property
     def clients(self) -> pd.DataFrame:
         """As `Run.clients`, of all runs."""
+        import pandas as pd
+
         return pd.concat([run.clients for run in self], ignore_index=True)
 
 

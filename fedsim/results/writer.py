@@ -1,4 +1,4 @@
-"""Writing a run's folder: name, lock, rows, checkpoints, status."""
+"""Writing a run's folder: lock, rows, checkpoints, status."""
 
 from __future__ import annotations
 
@@ -19,66 +19,17 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from fedsim import checkpoint
-from fedsim.config import RUN_NAME, Config
+from fedsim.config import Config
 from fedsim.errors import RunExistsError, RunFolderError
 from fedsim.files import publish
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, RoundRecord, table
+from fedsim.run_folder import check_replaceable
 
 RUN_VERSION = 1
 FLUSH_S = 1.0
 """Rows wait at most about this long before they are in a file."""
 
 _OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", "run.json")
-
-
-def target(results: Path, name: str | None, default_name: str, overwrite: bool) -> Path:
-    """The folder a new run will have; nothing is made yet.
-
-    Args:
-        results: the results folder.
-        name: the user's name for the run, or None: then `default_name`, or the next free `-2`, `-3`, ... .
-        default_name: the configuration's name.
-        overwrite: whether a run of that name may be replaced.
-
-    Raises:
-        RunFolderError: the name is not one, or is taken.
-    """
-    chosen = check_name(name if name is not None else default_name)
-    if results.exists() and not results.is_dir():
-        raise RunFolderError(f"{results} is not a folder; name another with --results")
-    folder = results / chosen
-    if overwrite:
-        if folder.exists() or folder.is_symlink():
-            _check_replaceable(folder)
-        return folder
-    if name is None:
-        number = 2
-        while folder.exists() or folder.is_symlink():
-            folder = results / f"{chosen[: 99 - len(str(number))]}-{number}"
-            number += 1
-    elif folder.exists() or folder.is_symlink():
-        raise RunFolderError(f"{folder} exists already; choose another --name, or replace it with --overwrite")
-    return folder
-
-
-def check_name(name: str) -> str:
-    """The name, if a run may have it: it cannot leave the results folder.
-
-    Raises:
-        RunFolderError: it may not.
-    """
-    if RUN_NAME.fullmatch(name):
-        return name
-    raise RunFolderError(
-        f"{name!r} cannot be a run's name: up to 100 letters, digits, '.', '_' and '-', starting with a letter or digit"
-    )
-
-
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_symlink() or not folder.is_dir() or read_info(folder) is None:
-        raise RunFolderError(f"{folder} is not a run of fedsim, so --overwrite leaves it alone; choose another --name")
-    if is_live(folder):
-        raise RunFolderError(f"{folder} is being written by a running fedsim; wait for it, or choose another --name")
 
 
 def _remove_ours(folder: Path) -> None:
@@ -89,27 +40,6 @@ def _remove_ours(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def read_info(folder: Path) -> dict[str, Any] | None:
-    """The content of a run's run.json; None where there is none of fedsim's."""
-    try:
-        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return info if isinstance(info, dict) and "fedsim_run" in info else None
-
-
-def is_live(folder: Path) -> bool:
-    """Whether some process is writing the run: it holds the lock."""
-    try:
-        with (folder / ".lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def _locked(folder: Path) -> BinaryIO:
@@ -156,7 +86,7 @@ class RunWriter:
             folder.parent.mkdir(parents=True, exist_ok=True)
             is_replaced = overwrite and folder.exists()
             if is_replaced:
-                _check_replaceable(folder)
+                check_replaceable(folder)
             else:
                 folder.mkdir()
             self._lock = _locked(folder)

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
             states.append(local_model.state_dict())
         global_model.load_state_dict(average(states))
         test_accuracy = accuracy(global_model, test_set)
-        print(f"round {round}: test accuracy {test_accuracy:.4f} ({time.perf_counter() - started:.1f} s)")
+        print(f"round {round}: test accuracy {test_accuracy:.4f} ({time.perf_counter() - started:.3f} s)")
 
 
 if __name__ == "__main__":

@@ -7,27 +7,48 @@ training code is used here, only its data sets. Shape letters: N examples, T tes
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HIDDEN = {"mlp": [64], "2nn": [200, 200]}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)),
+    "2nn": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 200), nn.ReLU(), nn.Linear(200, 10)
+    ),
+    "cnn": lambda: nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * 7 * 7, 512),
+        nn.ReLU(),
+        nn.Linear(512, 10),
+    ),
+}
+"""Images [N, 1, 28, 28] to logits [N, 10]."""
 
 BatchOrder = Callable[[int, int, int, Tensor], Tensor]
 
 
-def make_model(name: str) -> nn.Module:
-    """784, the hidden layers, 10; ReLU in between."""
-    sizes = [784, *HIDDEN[name], 10]
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+@dataclass(frozen=True)
+class Round:
+    """A finished round."""
+
+    round: int
+    test_accuracy: float
+    round_s: float
+    """Training, averaging, evaluation."""
+    fit_s: float
+    evaluate_s: float
 
 
 def federated_averaging(
@@ -45,7 +66,7 @@ def federated_averaging(
     lr: float = 0.1,
     seed: int = 0,
     batch_order: BatchOrder | None = None,
-) -> Iterator[tuple[float, float]]:
+) -> Iterator[Round]:
     """Trains `module` in place, in the type of its own weights.
 
     Args:
@@ -62,9 +83,6 @@ def federated_averaging(
         lr: learning rate.
         seed: of the cohorts and of the batch order.
         batch_order: (round, client, epoch, shard) -> the shard's indices in the order of training; None shuffles them.
-
-    Yields:
-        For each round the test accuracy after it, and its seconds: training, averaging, evaluation.
     """
     generator = torch.Generator().manual_seed(seed)
     for round in range(1, rounds + 1):
@@ -75,25 +93,39 @@ def federated_averaging(
         num_examples = sum(len(shards[client]) for client in cohort)
         before = {name: value.clone() for name, value in module.state_dict().items()}
         mean = {name: torch.zeros_like(value) for name, value in before.items()}
+        fit_s = 0.0
         for client in cohort:
             shard = shards[client]
             module.load_state_dict(before)
-            optimizer = torch.optim.SGD(module.parameters(), lr=lr)
-            module.train()
-            for epoch in range(epochs):
-                if batch_order is None:
-                    order = shard[torch.randperm(len(shard), generator=generator)]
-                else:
-                    order = batch_order(round, client, epoch, shard)
-                for batch in order.split(batch_size):
-                    optimizer.zero_grad()
-                    F.cross_entropy(module(images[batch]), labels[batch]).backward()
-                    optimizer.step()
+            fit_started = time.perf_counter()
+            orders = (
+                shard[torch.randperm(len(shard), generator=generator)]
+                if batch_order is None
+                else batch_order(round, client, epoch, shard)
+                for epoch in range(epochs)
+            )
+            train(module, images, labels, orders, batch_size=batch_size, lr=lr)
+            fit_s += time.perf_counter() - fit_started
             for name, value in module.state_dict().items():
                 mean[name] += value * (len(shard) / num_examples)
         module.load_state_dict(mean)
+        evaluation_started = time.perf_counter()
         accuracy = evaluate(module, test_images, test_labels)
-        yield accuracy, time.perf_counter() - started
+        ended = time.perf_counter()
+        yield Round(round, accuracy, ended - started, fit_s, ended - evaluation_started)
+
+
+def train(
+    module: nn.Module, images: Tensor, labels: Tensor, orders: Iterable[Tensor], *, batch_size: int, lr: float
+) -> None:
+    """Trains one client, in place: an epoch for each of `orders`, which holds the examples' indices."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+    module.train()
+    for order in orders:
+        for batch in order.split(batch_size):
+            optimizer.zero_grad()
+            F.cross_entropy(module(images[batch]), labels[batch]).backward()
+            optimizer.step()
 
 
 @torch.no_grad()
@@ -108,7 +140,7 @@ def main() -> None:
     """Runs it on MNIST and prints a line a round. The defaults are the task of fedsim's preset `mnist`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", default="mnist", help="mnist, fashion_mnist or synthetic")
-    parser.add_argument("--model", choices=HIDDEN, default="mlp")
+    parser.add_argument("--model", choices=MODELS, default="mlp")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--per-round", type=int, help="clients in a round; all, if left out")
     parser.add_argument("--rounds", type=int, default=5)
@@ -126,7 +158,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     data = fedsim.datasets.load(args.data)
     rounds = federated_averaging(
-        make_model(args.model),
+        MODELS[args.model](),
         torch.randperm(len(data.train_labels)).tensor_split(args.clients),
         torch.from_numpy(data.train_images).float() / 255,
         torch.from_numpy(data.train_labels),
@@ -139,11 +171,11 @@ def main() -> None:
         lr=args.lr,
         seed=args.seed,
     )
-    for round, (accuracy, seconds) in enumerate(rounds, start=1):
+    for done in rounds:
         if args.json:
-            print(json.dumps({"round": round, "round_s": seconds, "test_accuracy": accuracy}), flush=True)
+            print(json.dumps(asdict(done)), flush=True)
         else:
-            print(f"round {round}: test accuracy {accuracy:.4f}, {seconds:.3f} s", flush=True)
+            print(f"round {done.round}: test accuracy {done.test_accuracy:.4f}, {done.round_s:.3f} s", flush=True)
 
 
 if __name__ == "__main__":
