@@ -115,15 +115,24 @@ class ClientHost:
         self.test_set = self._examples(dataset.test_images, dataset.test_labels)
         return HostInfo(os.getpid(), platform.node(), str(self.device), fingerprint(self.device))
 
-    def fit(self, global_weights: Weights, tasks: Sequence[FitTask]) -> list[ClientUpdate]:
+    def fit(
+        self, global_weights: Weights, tasks: Sequence[FitTask], out: Sequence[np.ndarray] | None = None
+    ) -> list[ClientUpdate]:
         """Trains some clients, each from the global weights; as many as fit share a stack.
+
+        Args:
+            global_weights: read in place.
+            tasks: what to train.
+            out: for each task where its update is written, shape [D]; None gives each memory of its own.
 
         Raises:
             ClientError: the model, its loss or the data raised; carries the traceback, the client and the round.
         """
-        by_size = sorted(tasks, key=lambda task: -len(self.partition.shard(task.client_id)))  # equal ones side by side
-        num_stacks = -(-len(tasks) // self.spec.stack_size)
-        stacks = [by_size[len(tasks) * i // num_stacks : len(tasks) * (i + 1) // num_stacks] for i in range(num_stacks)]
+        places = [np.empty_like(global_weights.flat.numpy()) for _ in tasks] if out is None else out
+        pairs = list(zip(tasks, places, strict=True))
+        pairs.sort(key=lambda pair: -len(self.partition.shard(pair[0].client_id)))  # equal ones side by side
+        num_stacks = -(-len(pairs) // self.spec.stack_size)
+        stacks = [pairs[len(pairs) * i // num_stacks : len(pairs) * (i + 1) // num_stacks] for i in range(num_stacks)]
         updates = {update.client_id: update for stack in stacks for update in self._fit_stack(global_weights, stack)}
         return [updates[task.client_id] for task in tasks]
 
@@ -139,25 +148,31 @@ class ClientHost:
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
             raise ClientError(round, -1, traceback.format_exc()) from None
 
-    def _fit_stack(self, global_weights: Weights, tasks: Sequence[FitTask]) -> list[ClientUpdate]:
-        started = time.perf_counter()
+    def _fit_stack(self, global_weights: Weights, stack: Sequence[tuple[FitTask, np.ndarray]]) -> list[ClientUpdate]:
+        started, tasks = time.perf_counter(), [task for task, _ in stack]
         try:
             trained = self._engine.train(global_weights, self.train_set, [self._work(task) for task in tasks])
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
             if len(tasks) > 1:  # whose it is shows when each trains alone; the bits would be the same
-                return [update for task in tasks for update in self._fit_stack(global_weights, [task])]
+                return [update for one in stack for update in self._fit_stack(global_weights, [one])]
             raise ClientError(tasks[0].round, tasks[0].client_id, traceback.format_exc()) from None
         fit_s = time.perf_counter() - started
         return [
-            self._update(global_weights, task, outcome, fit_s, len(tasks))
-            for task, outcome in zip(tasks, trained, strict=True)
+            self._update(global_weights, task, outcome, update, fit_s, len(stack))
+            for (task, update), outcome in zip(stack, trained, strict=True)
         ]
 
     def _update(
-        self, global_weights: Weights, task: FitTask, trained: training.Trained, fit_s: float, stack_size: int
+        self,
+        global_weights: Weights,
+        task: FitTask,
+        trained: training.Trained,
+        update: np.ndarray,
+        fit_s: float,
+        stack_size: int,
     ) -> ClientUpdate:
-        update, integers = trained.weights.arrays()
-        np.subtract(update, global_weights.flat.numpy(), out=update)
+        local, integers = trained.weights.arrays()
+        np.subtract(local, global_weights.flat.numpy(), out=update)
         norm = weights.l2_norm(torch.from_numpy(update))
         return ClientUpdate(
             client_id=task.client_id,

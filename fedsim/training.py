@@ -95,7 +95,11 @@ class Engine(Protocol):
     """A way to compute what clients do. Each always gives the same bits; two of them agree up to rounding."""
 
     def train(self, weights: Weights, examples: Examples, work: Sequence[Work]) -> list[Trained]:
-        """Trains clients from the same weights, each as if it were the only one."""
+        """Trains clients from the same weights, each as if it were the only one.
+
+        Returns:
+            For each of them its outcome; its weights are valid until the next call.
+        """
         ...
 
     def evaluate(

@@ -151,7 +151,7 @@ def sha256(*arrays: np.ndarray) -> str:
 
 def l2_norm(vector: Tensor) -> float:
     """||vector||, accumulated in float64. Shape [D] -> a number; NaN or infinity where the vector has one."""
-    return math.sqrt(_dot(vector, vector))
+    return math.sqrt(float(vector.double().square().numpy(force=True).sum()))
 
 
 def cosine(a: Tensor, b: Tensor, norms: float | None = None) -> float | None:

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -15,8 +17,10 @@ import torch
 
 import fedsim
 from fedsim.actors import connection, ray_pool
+from fedsim.actors.slab import Slab
 from fedsim.errors import ClientError, PlanError, RunFailedError
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
+from fedsim.weights import Weights
 
 pytestmark = pytest.mark.ray
 
@@ -71,20 +75,51 @@ def test_actor_per_client_gives_each_its_own_process_its_share_and_the_results_o
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids.values()))
 
 
-def test_weights_are_put_once_a_round_and_the_data_once(shared_ray, monkeypatch):
+@pytest.mark.parametrize("way", ["shared memory", "object store", "unreachable memory"])
+def test_weights_are_handed_out_once_a_round_and_the_data_once(shared_ray, reference, monkeypatch, way):
+    """In memory shared with the actors, where they reach it; else in the object store: with the same bits."""
+    if way == "object store":
+        monkeypatch.setattr(ray_pool, "_is_on_one_machine", lambda: False)
+    elif way == "unreachable memory":
+        create = Slab.create
+
+        def elsewhere(*arguments):
+            slab = create(*arguments)
+            slab.address = replace(slab.address, path="/proc/0/fd/0")
+            return slab
+
+        monkeypatch.setattr(Slab, "create", elsewhere)
     puts = []
     put = shared_ray.put
     monkeypatch.setattr(ray_pool.ray, "put", lambda value: puts.append(type(value).__name__) or put(value))
-    fedsim.run(TINY.override({"placement.mode": "packed", "placement.actors": 2}), results=None)
-    assert sorted(puts) == [
-        "ClientSpec",
-        "Dataset",
-        "Partition",
-        "tuple",
-        "tuple",
-        "tuple",
-        "tuple",
-    ]  # weights of rounds 0 to 3
+    run = fedsim.run(TINY.override({"placement.mode": "packed", "placement.actors": 2}), results=None)
+    assert results_of(run) == results_of(reference)
+    weights_of_rounds_0_to_3 = [] if way == "shared memory" else ["tuple"] * 4
+    assert sorted(puts) == ["ClientSpec", "Dataset", "Partition", *weights_of_rounds_0_to_3]
+
+
+def test_shared_memory_leaves_nothing_behind(shared_ray):
+    """No file has its name, no descriptor stays open in the driver, and updates that are held stay valid."""
+
+    def held_by_the_system():
+        return set(Path("/dev/shm").iterdir()), psutil.Process().num_fds()
+
+    before = held_by_the_system()
+    weights = Weights(torch.arange(5.0), torch.empty(0, dtype=torch.int64))
+    slab = Slab.create(3, weights)
+    other = Slab(slab.address)
+    other.updates[2] = 7.0
+    held = slab.updates[2]
+    slab.weights[:] = 1.0
+    assert other.weights.tolist() == [1.0] * 5
+    slab.close()
+    slab.close()
+    with pytest.raises(OSError, match="No such file"):
+        Slab(slab.address)
+    del slab, other
+    assert held.tolist() == [7.0] * 5
+    del held
+    assert held_by_the_system() == before
 
 
 def test_a_killed_actor_is_replaced_and_nothing_changes(shared_ray, reference, tmp_path):

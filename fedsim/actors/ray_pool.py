@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +32,9 @@ from fedsim.placement import Plan
 from fedsim.training import Evaluation
 from fedsim.weights import Weights
 
+_Arrays = tuple[Any, np.ndarray]
+"""Weights [D], or None where they are in the slab and the updates shall be, and integers [I]."""
+
 _IN_SLAB = np.empty(0, np.float32)
 """Stands for the values of an update that are in the slab."""
 
@@ -43,27 +48,28 @@ class _HostActor:
     """
 
     def load(
-        self, spec: ClientSpec, num_gpus: float, dataset: Dataset, partition: Partition, slab: SlabAddress | None
-    ) -> HostInfo:
+        self, spec: ClientSpec, num_gpus: float, dataset: Dataset, partition: Partition, address: SlabAddress | None
+    ) -> tuple[HostInfo, bool]:
         set_numerics(spec.threads)
-        self.rows = slab.attach() if slab else None
+        self.slab: Slab | None = None
+        with contextlib.suppress(OSError):
+            self.slab = Slab(address) if address else None
         self.host = ClientHost(spec, _assigned_device(num_gpus))
-        return self.host.load(dataset, partition)
+        return self.host.load(dataset, partition), self.slab is not None
 
-    def fit(self, arrays: tuple[Any, Any], tasks: list[FitTask], rows: list[int]) -> list[ClientUpdate]:
-        updates = self.host.fit(Weights.of_arrays(arrays), tasks)
-        return (
-            updates if self.rows is None else [_left(u, self.rows[row]) for u, row in zip(updates, rows, strict=True)]
-        )
+    def fit(self, arrays: _Arrays, tasks: list[FitTask], rows: list[int]) -> list[ClientUpdate]:
+        if arrays[0] is not None:
+            return self.host.fit(self._weights(arrays), tasks)
+        assert self.slab is not None, "weights are in the slab only where all actors reach it"
+        updates = self.host.fit(self._weights(arrays), tasks, [self.slab.updates[row] for row in rows])
+        return [replace(update, update=_IN_SLAB) for update in updates]
 
-    def evaluate(self, arrays: tuple[Any, Any], round: int, chunks: list[tuple[int, int]]) -> list[Evaluation]:
-        return self.host.evaluate(round, Weights.of_arrays(arrays), chunks)
+    def evaluate(self, arrays: _Arrays, round: int, chunks: list[tuple[int, int]]) -> list[Evaluation]:
+        return self.host.evaluate(round, self._weights(arrays), chunks)
 
-
-def _left(update: ClientUpdate, row: np.ndarray) -> ClientUpdate:
-    """An update whose values are left in a row of the slab."""
-    row[:] = update.update
-    return replace(update, update=_IN_SLAB)
+    def _weights(self, arrays: _Arrays) -> Weights:
+        flat, integers = arrays
+        return Weights.of_arrays((self.slab.weights if self.slab and flat is None else flat, integers))
 
 
 def _assigned_device(num_gpus: float) -> str:
@@ -116,26 +122,29 @@ class RayPool:
         self._plan, self._max_retries = plan, max_retries
         self._chunks = evaluation_chunks(dataset)
         self._num_examples = partition.num_examples
-        self._weights: tuple[Weights, ray.ObjectRef] | None = None
+        self._weights: tuple[Weights, Any] | None = None
         self._actors: list[Any] = []
-        self._slab: Slab | None = None
-        if Slab.is_possible():
-            self._slab = Slab(cohort_size, len(weights.flat), weights.flat.numpy().dtype)
+        self._slab = Slab.create(cohort_size, weights) if _is_on_one_machine() else None
         try:
             self._actors = [self._start() for _ in range(plan.num_actors)]
             address = self._slab.address if self._slab else None
             self._load_arguments = (ray.put(spec), plan.num_gpus, ray.put(dataset), ray.put(partition), address)
             answers = self._gather([_Call(actor, "load", self._load_arguments) for actor in range(plan.num_actors)])
-            self.info = _common_info([cast(HostInfo, answer) for _, answer in answers])
+            infos, attached = zip(*(cast(tuple[HostInfo, bool], answer) for _, answer in answers), strict=True)
+            self.info = _common_info(list(infos))
+            if not all(attached):
+                self._drop_slab()
         except BaseException:
             self.close()
             raise
 
     def fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> list[FitResult]:
         """See `Pool.fit`."""
-        ref, rows = self._put(weights), {client_id: row for row, client_id in enumerate(sorted(cohort))}
+        arrays, rows = self._put(weights), {client_id: row for row, client_id in enumerate(sorted(cohort))}
         calls = [
-            _Call(actor, "fit", (ref, [FitTask(round, c) for c in clients], [rows[c] for c in clients]))
+            _Call(
+                actor, "fit", (arrays, [FitTask(round, c) for c in clients], self._slab and [rows[c] for c in clients])
+            )
             for actor, clients in self._assign(cohort).items()
         ]
         results = [
@@ -145,17 +154,11 @@ class RayPool:
         ]
         return sorted(results, key=lambda result: result.update.client_id)
 
-    def _with_values(self, update: ClientUpdate, row: int) -> ClientUpdate:
-        """The update as a whole, also where its values were left in the slab: valid until the next round."""
-        if self._slab is None or len(update.update):
-            return update
-        return replace(update, update=self._slab.rows[row])
-
     def evaluate(self, round: int, weights: Weights) -> Evaluation:
         """See `Pool.evaluate`."""
-        ref, num_actors = self._put(weights), len(self._actors)
+        arrays, num_actors = self._put(weights), len(self._actors)
         calls = [
-            _Call(actor, "evaluate", (ref, round, self._chunks[actor::num_actors]))
+            _Call(actor, "evaluate", (arrays, round, self._chunks[actor::num_actors]))
             for actor in range(min(num_actors, len(self._chunks)))
         ]
         by_chunk = {
@@ -171,19 +174,31 @@ class RayPool:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
-        if self._slab:
-            self._slab.close()
-            self._slab = None
+        self._drop_slab()
 
     def _start(self) -> Any:
         options = {"num_cpus": self._plan.num_cpus, "num_gpus": self._plan.num_gpus, "max_restarts": 0}
         return ray.remote(**options)(_HostActor).remote()
 
-    def _put(self, weights: Weights) -> ray.ObjectRef:
-        """Puts the weights once; the evaluation of a round and the next round's training share them."""
+    def _put(self, weights: Weights) -> Any:
+        """Hands the weights out once; the evaluation of a round and the next round's training share them."""
         if self._weights is None or self._weights[0] is not weights:
-            self._weights = (weights, ray.put(weights.arrays()))
+            flat, integers = weights.arrays()
+            if self._slab:
+                self._slab.weights[:] = flat
+            self._weights = weights, (None, integers) if self._slab else ray.put((flat, integers))
         return self._weights[1]
+
+    def _with_values(self, update: ClientUpdate, row: int) -> ClientUpdate:
+        """The update as a whole, also where its values are in the slab: there until the next round."""
+        if self._slab is None or len(update.update):
+            return update
+        return replace(update, update=self._slab.updates[row])
+
+    def _drop_slab(self) -> None:
+        if self._slab:
+            self._slab.close()
+            self._slab = None
 
     def _assign(self, cohort: Sequence[int]) -> dict[int, list[int]]:
         """Actor -> clients. Each has its own actor, or they are dealt out by examples, longest first."""
@@ -224,6 +239,12 @@ class RayPool:
         self._actors[actor] = self._start()
         if load:  # calls to one actor are answered in order: no need to wait
             self._submit(_Call(actor, "load", self._load_arguments))
+
+
+def _is_on_one_machine() -> bool:
+    """Whether this Ray is this machine alone, so that its actors can share the driver's memory."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return len(alive) == 1 and alive[0]["NodeManagerHostname"] == platform.node()
 
 
 def _common_info(infos: list[HostInfo]) -> PoolInfo:

@@ -1,8 +1,8 @@
-"""Memory that the driver shares with the actors of its machine, in which they hand over their updates.
+"""Memory that the driver shares with the actors of its machine: weights go down in it, updates come up.
 
-Ray's object store takes about a millisecond for each megabyte that an actor returns: the tenth part of a round of small
-models. Here an actor writes its rows in place. The memory has no name: it is gone with the processes that use it,
-however they end.
+Ray's object store takes some milliseconds to hand out weights, and one for each megabyte that an actor returns: a fifth
+of a round of small models. Here both are read where they were written. The memory has no name: it is gone with the
+processes that use it, however they end.
 
 Shape letters: K clients of a cohort, D values of the model.
 """
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsim.weights import Weights
+
 
 @dataclass(frozen=True)
 class SlabAddress:
@@ -24,41 +26,49 @@ class SlabAddress:
     shape: tuple[int, int]
     dtype: str
 
-    def attach(self) -> np.ndarray | None:
-        """The rows [K, D]; None where the driver's memory cannot be reached, as from another machine."""
-        try:
-            with open(self.path, "r+b") as file:  # noqa: PTH123 - a number of an open file, no path to a file
-                return _rows(file.fileno(), self.shape, self.dtype)
-        except OSError:
-            return None
-
 
 class Slab:
-    """Rows [K, D] for the updates of a round.
+    """One row for the weights, and K for the updates of a round.
 
     Args:
-        num_rows: K.
-        num_values: D.
-        dtype: of the model.
+        address: of the driver's slab.
+
+    Attributes:
+        address: for the actors.
+        weights: shape [D]; written by the driver while no actor reads.
+        updates: shape [K, D]; each row written by the actor that trains its client.
+
+    Raises:
+        OSError: the driver's memory cannot be reached.
     """
 
-    def __init__(self, num_rows: int, num_values: int, dtype: np.dtype) -> None:
-        self._file = os.memfd_create("fedsim-updates")
-        shape = num_rows, num_values
-        os.ftruncate(self._file, num_rows * num_values * dtype.itemsize)
-        self.rows = _rows(self._file, shape, dtype.str)
-        self.address = SlabAddress(f"/proc/{os.getpid()}/fd/{self._file}", shape, dtype.str)
+    def __init__(self, address: SlabAddress) -> None:
+        self.address = address
+        with open(address.path, "r+b") as file:  # noqa: PTH123 - the number of an open file
+            memory = mmap.mmap(file.fileno(), 0)
+        rows = np.frombuffer(memory, address.dtype).reshape(address.shape)
+        self.weights, self.updates = rows[0], rows[1:]
+        self._file: int | None = None
 
     @staticmethod
-    def is_possible() -> bool:
-        """Whether this system has such memory: Linux does."""
-        return hasattr(os, "memfd_create")
+    def create(cohort_size: int, weights: Weights) -> Slab | None:
+        """The driver's slab, for weights of this size and type; None where there is no such memory: Linux has it."""
+        if not hasattr(os, "memfd_create"):
+            return None
+        values = weights.flat.numpy()
+        file = os.memfd_create("fedsim")
+        try:
+            os.ftruncate(file, (1 + cohort_size) * values.nbytes)
+            address = SlabAddress(f"/proc/{os.getpid()}/fd/{file}", (1 + cohort_size, len(values)), values.dtype.str)
+            slab = Slab(address)
+        except OSError:
+            os.close(file)
+            return None
+        slab._file = file  # open for the actors
+        return slab
 
     def close(self) -> None:
-        """Lets go of the memory; rows that are still held stay valid."""
-        os.close(self._file)
-
-
-def _rows(file: int, shape: tuple[int, int], dtype: str) -> np.ndarray:
-    memory = mmap.mmap(file, 0)
-    return np.frombuffer(memory, dtype).reshape(shape)
+        """Nobody can attach any more; arrays that are held stay valid."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None

@@ -40,13 +40,15 @@ class Stacked:
         self._layout = Layout.of(module)
         self._block = worthwhile_block([layer for _, layer in leaves(module)], sgd, batch_size)
         self._agreed: dict[tuple[int, ...], bool] = {}
+        self._kept: Stack | None = None
+        self._tested: dict[Chunk, Tensor] = {}
 
     @torch.inference_mode()
     def train(self, weights: Weights, examples: Examples, work: Sequence[Work]) -> list[Trained]:
         """See `Engine.train`; clients of unequal size may share a stack."""
         order = sorted(range(len(work)), key=lambda k: -work[k].num_examples)  # the largest first, see `pieces`
         sizes = [work[k].num_examples for k in order]
-        stack = self._stack(weights.flat.to(examples.labels.device).expand(len(work), -1))
+        stack = self._begun(weights.flat.to(examples.labels.device).expand(len(work), -1))
         losses = stack.flat.new_zeros(len(work), len(work[0].epochs), sizes[0])
         num_steps = [0] * len(work)
         for epoch, orders in enumerate(zip(*(work[k].epochs for k in order), strict=True)):
@@ -57,7 +59,8 @@ class Stacked:
                 for k in range(len(work))[piece.clients]:
                     num_steps[k] += piece.num_steps
         trained = {}
-        for k, steps, size, flat, loss in zip(order, num_steps, sizes, stack.flat.cpu(), losses.cpu(), strict=True):
+        local = stack.flat[: len(work)].cpu()
+        for k, steps, size, flat, loss in zip(order, num_steps, sizes, local, losses.cpu(), strict=True):
             own = loss[:, :size].double().flatten()  # added by themselves: the neighbours' places play no part
             trained[k] = Trained(steps, float(own.numpy().sum()) / len(own), Weights(flat, weights.integers))
         return [trained[k] for k in range(len(work))]
@@ -66,12 +69,14 @@ class Stacked:
     def evaluate(
         self, weights: Weights, examples: Examples, chunks: Sequence[Chunk], torch_seeds: Sequence[int]
     ) -> list[Evaluation]:
-        """See `Engine.evaluate`."""
+        """See `Engine.evaluate`; the examples are the same in every call."""
         layers = self._stack(weights.flat.to(examples.labels.device)[None]).layers(slice(0, 1))
         evaluations = []
         for start, stop in chunks:
-            images = pixels(examples.images[start:stop], weights.flat.dtype)
-            evaluations.append(score(infer(layers, images), examples.labels[start:stop]))
+            if (start, stop) not in self._tested:  # kept: new memory each time costs as much as half of the products
+                self._tested[start, stop] = pixels(examples.images[start:stop], weights.flat.dtype)
+            logits = infer(layers, self._tested[start, stop])
+            evaluations.append(score(logits, examples.labels[start:stop]))
         return evaluations
 
     def _take(self, stack: Stack, piece: Piece, examples: Examples, indices: Tensor) -> Tensor:
@@ -93,6 +98,14 @@ class Stacked:
 
     def _stack(self, weights: Tensor) -> Stack:
         return Stack(self._module, self._layout, self._sgd, weights)
+
+    def _begun(self, weights: Tensor) -> Stack:
+        """A stack in the memory of the last one, where that is large enough: new memory costs as much as some steps."""
+        if self._kept is None or len(self._kept.flat) < len(weights):
+            self._kept = self._stack(weights)
+        else:
+            self._kept.begin(weights)
+        return self._kept
 
     def _together(self, piece: Piece, block: int, images: Tensor) -> list[tuple[slice, slice]]:
         """The clients that compute as one, as rows of the stack and of the piece: all, or each alone.

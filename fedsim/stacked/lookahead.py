@@ -60,7 +60,9 @@ class Lookahead:
 
     def finish(self) -> None:
         """Changes the weights by all steps of the block."""
-        self._layer.weight.descend_along(self._g.mT, self._x, self._batch)
+        rate = self._layer.weight.sgd.lr / self._batch
+        for weight, g, x in zip(self._layer.weight.value, self._g, self._x, strict=True):
+            weight.sub_(product(g.mT.contiguous(), x.mT.contiguous()), alpha=rate)
 
 
 def worthwhile_block(leaves: list[nn.Module], sgd: Sgd, batch_size: int) -> int:

@@ -29,13 +29,23 @@ class Stack:
         layout: of the module.
         sgd: how a step is taken.
         weights: what each client begins with. Shape [K, D]; copied.
+
+    Attributes:
+        flat: the weights. Shape [K, D].
     """
 
     def __init__(self, module: nn.Module, layout: Layout, sgd: Sgd, weights: Tensor) -> None:
         self._module, self._layout, self._sgd = module, layout, sgd
-        self.flat = aligned_like(weights, *weights.shape).copy_(weights)
-        self._velocity = aligned_like(weights, *weights.shape).zero_() if sgd.momentum else None
+        self.flat = aligned_like(weights, *weights.shape)
+        self._velocity = aligned_like(weights, *weights.shape) if sgd.momentum else None
         self._layers: dict[tuple[int, int], list[Layer]] = {}
+        self.begin(weights)
+
+    def begin(self, weights: Tensor) -> None:
+        """Starts again, in the same memory, with other weights [K', D] for the first K' clients."""
+        self.flat[: len(weights)] = weights
+        if self._velocity is not None:
+            self._velocity[: len(weights)] = 0
 
     def layers(self, clients: slice) -> list[Layer]:
         """The layers for some of the clients, from the inputs to the logits; training them changes `flat`."""
