@@ -182,9 +182,9 @@ def batches(examples: Examples, order: Tensor, batch_size: int, dtype: torch.dty
         yield from zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
 
 
-def pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
+def pixels(images: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Images as a model takes them: bytes become byte/255, floats stay as they are. A copy: the model may write."""
-    copied = images.to(dtype, copy=True)
+    copied = images.to(dtype, copy=True) if out is None else out.copy_(images)
     return copied.div_(255) if images.dtype == torch.uint8 else copied
 
 

@@ -42,6 +42,7 @@ class Stacked:
         self._agreed: dict[tuple[int, ...], bool] = {}
         self._kept: Stack | None = None
         self._tested: dict[Chunk, Tensor] = {}
+        self._memory: Tensor | None = None
 
     @torch.inference_mode()
     def train(self, weights: Weights, examples: Examples, work: Sequence[Work]) -> list[Trained]:
@@ -87,7 +88,7 @@ class Stacked:
         for some in torch.split(indices, steps * piece.batch, dim=1):
             labels = examples.labels.index_select(0, some.flatten()).view(len(some), -1, piece.batch)
             targets = F.one_hot(labels, self._num_classes).to(stack.flat.dtype)
-            images = pixels(examples.images.index_select(0, some.flatten()), stack.flat.dtype)
+            images = self._pixels(examples.images.index_select(0, some.flatten()), stack.flat.dtype)
             images = images.view(*labels.shape, *images.shape[1:])
             log_probabilities = [
                 train(stack.layers(clients), images[rows], targets[rows], block)
@@ -106,6 +107,12 @@ class Stacked:
         else:
             self._kept.begin(weights)
         return self._kept
+
+    def _pixels(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `pixels`, in memory that is used again by the next call."""
+        if self._memory is None or self._memory.numel() < images.numel():
+            self._memory = torch.empty(images.numel(), dtype=dtype, device=images.device)
+        return pixels(images, dtype, out=self._memory[: images.numel()].view(images.shape))
 
     def _together(self, piece: Piece, block: int, images: Tensor) -> list[tuple[slice, slice]]:
         """The clients that compute as one, as rows of the stack and of the piece: all, or each alone.
