@@ -23,7 +23,7 @@ from fedsim.metrics import ClientRecord, RoundRecord
 from fedsim.numerics import numerics
 from fedsim.strategies import State, Strategy, weighted_mean
 from fedsim.training import Evaluation
-from fedsim.weights import Weights, cosine, l2_norm, read_only_tensor
+from fedsim.weights import Weights, cosines, l2_norm, read_only_tensor
 
 
 @dataclass(frozen=True)
@@ -163,21 +163,19 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     update_l2_norm = l2_norm(flat.double() - weights.flat.double())
     if not math.isfinite(update_l2_norm):
         raise RunFailedError(f"round {round}: the strategy gave weights that are not finite")
-    mean = weighted_mean(updates, counts)
-    mean_norm = l2_norm(mean)
+    lengths = [update.update_l2_norm for update in completed]
+    angles = iter(cosines(updates, lengths, weighted_mean(updates, counts)))
     return _Step(
         Weights(flat, read_only_tensor(completed[0].integers).clone()),
         state,
         update_l2_norm,
-        tuple(client_record(round, result, mean, mean_norm) for result in results),
+        tuple(client_record(round, result, next(angles) if result.update.is_finite else None) for result in results),
         num_retries,
     )
 
 
-def client_record(
-    round: int, result: FitResult, mean_update: Tensor | None = None, mean_norm: float = 0.0
-) -> ClientRecord:
-    """The record of a client's answer; without the round's mean update and its length there is no cosine to it."""
+def client_record(round: int, result: FitResult, cosine_to_mean: float | None = None) -> ClientRecord:
+    """The record of a client's answer."""
     update = result.update
     return ClientRecord(
         round=round,
@@ -187,9 +185,7 @@ def client_record(
         num_steps=update.num_steps,
         train_loss=update.train_loss,
         update_l2_norm=update.update_l2_norm,
-        cosine_to_mean=None
-        if mean_update is None or not update.is_finite
-        else cosine(read_only_tensor(update.update), mean_update, update.update_l2_norm * mean_norm),
+        cosine_to_mean=cosine_to_mean,
         update_sha256=update.update_sha256,
         fit_s=update.fit_s,
         stack_size=update.stack_size,

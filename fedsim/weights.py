@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -151,22 +151,21 @@ def sha256(*arrays: np.ndarray) -> str:
 
 def l2_norm(vector: Tensor) -> float:
     """||vector||, accumulated in float64. Shape [D] -> a number; NaN or infinity where the vector has one."""
+    # numpy's own pairwise sum: it does not depend on the number of threads
     return math.sqrt(float(vector.double().square().numpy(force=True).sum()))
 
 
-def cosine(a: Tensor, b: Tensor, norms: float | None = None) -> float | None:
-    """Cosine of the angle between two vectors [D], in [-1, 1]; None where one of them is zero or not finite.
+def cosines(vectors: Tensor, lengths: Sequence[float], other: Tensor) -> list[float | None]:
+    """Cosine of the angle between each of K vectors and another, in [-1, 1]; None where one is zero or not finite.
 
     Args:
-        a: one vector.
-        b: the other.
-        norms: the product of their lengths, where it is known.
+        vectors: shape [K, D].
+        lengths: `l2_norm` of each.
+        other: shape [D].
     """
-    if norms is None:
-        norms = l2_norm(a) * l2_norm(b)
-    return max(-1.0, min(1.0, _dot(a, b) / norms)) if 0 < norms < math.inf else None
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    # numpy's own pairwise sum: unlike a BLAS dot it does not depend on the number of threads
-    return float((a.double() * b.double()).numpy(force=True).sum())
+    other, length = other.double(), l2_norm(other)
+    found: list[float | None] = []
+    for vector, own in zip(vectors, lengths, strict=True):
+        is_defined = 0 < own * length < math.inf
+        found.append(max(-1.0, min(1.0, float(vector.double() @ other) / (own * length))) if is_defined else None)
+    return found
