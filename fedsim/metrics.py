@@ -48,7 +48,7 @@ ROUND_COLUMNS = (
     Column("bytes_up", _COUNT, "bytes", "updates received from the completed clients"),
     Column("weights_sha256", _TEXT, "", "hash of the weights after aggregation"),
     Column("round_s", _FLOAT, "s", "the whole round", True),
-    Column("fit_s", _FLOAT, "s", "from the first client's start to the last answer", True),
+    Column("fit_s", _FLOAT, "s", "until the last client's answer", True),
     Column("aggregate_s", _FLOAT, "s", "the server's step", True),
     Column("evaluate_s", _FLOAT, "s", "test on the whole test set", True),
 )

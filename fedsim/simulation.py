@@ -76,7 +76,7 @@ def federated_averaging(x: Experiment, pool: Pool, start: Start | None = None) -
         evaluation = None
         if round % x.config.evaluation.every == 0 or round == x.config.rounds:
             with clock.part("evaluate_s"):
-                evaluation = pool.evaluate(round, weights)
+                evaluation = pool.evaluate(round, weights, then=x.sample(round + 1) if round < x.config.rounds else ())
         yield Round(_record(round, clock, weights, evaluation, step), weights, state)
         if step.update_l2_norm is None:  # after its rows are written: they say what happened
             raise RunFailedError(_diverged(x, round, len(results)))

@@ -16,9 +16,12 @@ import pytest
 import torch
 
 import fedsim
+from fedsim import weights as weights_module
 from fedsim.actors import connection, ray_pool
 from fedsim.actors.slab import Slab
 from fedsim.errors import ClientError, PlanError, RunFailedError
+from fedsim.experiment import prepare
+from fedsim.launch import connect, open_pool
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
 from fedsim.weights import Weights
 
@@ -133,6 +136,30 @@ def test_a_killed_actor_is_replaced_and_nothing_changes(shared_ray, reference, t
     assert run.rounds["num_retries"].sum() > 0
     assert run.clients["attempts"].max() == 2
     assert run.clients["pid"].nunique() >= 3
+
+
+def test_what_has_begun_is_taken_or_put_aside(shared_ray):
+    """A pool begins the next round while it evaluates: asked for another one, or after a death, it gives the same."""
+    x = prepare(TINY.override({"placement.mode": "packed", "placement.actors": 2}))
+    weights = x.initial_weights
+    with connect(x) as plan, open_pool(x, plan) as pool:
+
+        def hashes(round, cohort):
+            return [(r.update.client_id, r.update.update_sha256) for r in pool.fit(round, weights, cohort)]
+
+        expected, other = hashes(1, [0, 1, 3]), hashes(2, [2])
+        tested = pool.evaluate(0, weights)
+        assert pool.evaluate(0, weights, then=[0, 1, 3]) == tested
+        assert hashes(1, [0, 1, 3]) == expected
+        pool.evaluate(0, weights, then=[0, 1, 3])
+        assert hashes(2, [2]) == other
+        results = pool.fit(1, weights, [0, 1, 3])
+        assert [weights_module.sha256(r.update.update, r.update.integers) for r in results] == [h for _, h in expected]
+        pool.evaluate(0, weights, then=[0, 1, 3])
+        os.kill(results[0].update.pid, signal.SIGKILL)
+        again = pool.fit(1, weights, [0, 1, 3])
+        assert [(r.update.client_id, r.update.update_sha256) for r in again] == expected
+        assert [weights_module.sha256(r.update.update, r.update.integers) for r in again] == [h for _, h in expected]
 
 
 def test_exhausted_retries_stop_the_run_with_client_and_round(shared_ray, tmp_path):

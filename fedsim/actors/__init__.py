@@ -51,8 +51,14 @@ class Pool(Protocol):
         """
         ...
 
-    def evaluate(self, round: int, weights: Weights) -> Evaluation:
-        """Tests the weights on the whole test set, in fixed chunks added in chunk order."""
+    def evaluate(self, round: int, weights: Weights, then: Sequence[int] = ()) -> Evaluation:
+        """Tests the weights on the whole test set, in fixed chunks added in chunk order.
+
+        Args:
+            round: whose weights they are.
+            weights: after the round's aggregation.
+            then: the cohort that `fit` will be asked to train from them next: it may begin at once.
+        """
         ...
 
     def close(self) -> None:

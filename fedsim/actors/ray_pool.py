@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -93,6 +93,10 @@ class _Call:
     attempt: int = 1
 
 
+_Pending = dict[ray.ObjectRef, _Call]
+"""Calls that have been made, by their answers to come."""
+
+
 class RayPool:
     """A `Pool` of Ray actors, started here and stopped by `close`.
 
@@ -124,12 +128,14 @@ class RayPool:
         self._num_examples = partition.num_examples
         self._weights: tuple[Weights, Any] | None = None
         self._actors: list[Any] = []
+        self._begun: tuple[tuple[int, Weights, list[int]], _Pending] | None = None
         self._slab = Slab.create(cohort_size, weights) if _is_on_one_machine() else None
         try:
             self._actors = [self._start() for _ in range(plan.num_actors)]
             address = self._slab.address if self._slab else None
             self._load_arguments = (ray.put(spec), plan.num_gpus, ray.put(dataset), ray.put(partition), address)
-            answers = self._gather([_Call(actor, "load", self._load_arguments) for actor in range(plan.num_actors)])
+            calls = [_Call(actor, "load", self._load_arguments) for actor in range(plan.num_actors)]
+            answers = self._finish(self._begin(calls))
             infos, attached = zip(*(cast(tuple[HostInfo, bool], answer) for _, answer in answers), strict=True)
             self.info = _common_info(list(infos))
             if not all(attached):
@@ -140,30 +146,26 @@ class RayPool:
 
     def fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> list[FitResult]:
         """See `Pool.fit`."""
-        arrays, rows = self._put(weights), {client_id: row for row, client_id in enumerate(sorted(cohort))}
-        calls = [
-            _Call(
-                actor, "fit", (arrays, [FitTask(round, c) for c in clients], self._slab and [rows[c] for c in clients])
-            )
-            for actor, clients in self._assign(cohort).items()
-        ]
+        rows = {client_id: row for row, client_id in enumerate(sorted(cohort))}
         results = [
             FitResult(self._with_values(update, rows[update.client_id]), call.actor, call.attempt)
-            for call, updates in self._gather(calls)
+            for call, updates in self._finish(self._begin_fit(round, weights, cohort))
             for update in updates
         ]
         return sorted(results, key=lambda result: result.update.client_id)
 
-    def evaluate(self, round: int, weights: Weights) -> Evaluation:
+    def evaluate(self, round: int, weights: Weights, then: Sequence[int] = ()) -> Evaluation:
         """See `Pool.evaluate`."""
         arrays, num_actors = self._put(weights), len(self._actors)
-        calls = [
+        pending = self._begin(
             _Call(actor, "evaluate", (arrays, round, self._chunks[actor::num_actors]))
             for actor in range(min(num_actors, len(self._chunks)))
-        ]
+        )
+        if then:  # an actor answers in order: this waits in its queue
+            self._begun = (round + 1, weights, list(then)), self._begin_fit(round + 1, weights, then)
         by_chunk = {
             chunk: evaluation
-            for call, evaluations in self._gather(calls)
+            for call, evaluations in self._finish(pending)
             for chunk, evaluation in zip(call.arguments[2], evaluations, strict=True)
         }
         return total([by_chunk[chunk] for chunk in self._chunks])
@@ -212,10 +214,28 @@ class RayPool:
             assigned.setdefault(actor, []).append(client_id)
         return assigned
 
-    def _gather(self, calls: Sequence[_Call]) -> list[tuple[_Call, Any]]:
-        """Makes all calls at once and takes the answers as they come; a dead actor's work is done again."""
+    def _begin_fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> _Pending:
+        """The work of a round: what has been begun of it, or begun now."""
+        if self._begun is not None:
+            (begun_round, begun_weights, begun_cohort), pending = self._begun
+            self._begun = None
+            if (begun_round, begun_cohort) == (round, list(cohort)) and begun_weights is weights:
+                return pending
+            with contextlib.suppress(FedsimError):
+                self._finish(pending)  # of another round after all: its updates must not come in between
+        arrays, rows = self._put(weights), {client_id: row for row, client_id in enumerate(sorted(cohort))}
+        return self._begin(
+            _Call(actor, "fit", (arrays, [FitTask(round, c) for c in clients], [rows[c] for c in clients]))
+            for actor, clients in self._assign(cohort).items()
+        )
+
+    def _begin(self, calls: Iterable[_Call]) -> _Pending:
+        """Makes all calls at once."""
+        return {self._submit(call): call for call in calls}
+
+    def _finish(self, pending: _Pending) -> list[tuple[_Call, Any]]:
+        """Takes the answers as they come; a dead actor's work is done again."""
         answers = []
-        pending = {self._submit(call): call for call in calls}
         while pending:
             ready, _ = ray.wait(list(pending), num_returns=1)
             call = pending.pop(ready[0])

@@ -30,7 +30,7 @@ class SerialPool:
             updates = self._host.fit(weights, [FitTask(round, client_id) for client_id in sorted(cohort)])
         return [FitResult(update, actor=-1, attempts=1) for update in updates]
 
-    def evaluate(self, round: int, weights: Weights) -> Evaluation:
+    def evaluate(self, round: int, weights: Weights, then: Sequence[int] = ()) -> Evaluation:
         """See `Pool.evaluate`."""
         with numerics(self._threads):
             return total(self._host.evaluate(round, weights, self._chunks))
