@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fedsim.config import PlacementConfig
 from fedsim.errors import PlanError
 from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
+from fedsim.placement import machine as machine_module
 from fedsim.placement import plan as placement
 
 GB = 10**9
@@ -367,3 +368,84 @@ def test_an_automatic_number_of_actors_fits_the_share_asked_for(asked):
 def test_start_up_of_exactly_the_budget_is_too_long():
     assert planned(machine(2), clients=10).mode == "packed"
     assert planned(machine(2), clients=9).mode == "actor-per-client"
+
+
+# ---------------------------------------------------------------- stacks
+
+
+@pytest.mark.parametrize(
+    ("asked", "clients", "model_bytes", "engine", "stack_size"),
+    [
+        ({}, 10, 800_000, "stacked", 5),  # two actors share the round
+        ({}, 100, 800_000, "stacked", 10),  # 8 MB stay in the caches
+        ({}, 100, 200_000, "stacked", 32),  # more would amortise nothing
+        ({}, 100, 6_700_000, "stacked", 1),
+        ({}, 100, 10**9, "stacked", 1),
+        ({"stack_size": 3}, 100, 800_000, "stacked", 3),
+        ({"stack_size": 300}, 100, 800_000, "stacked", 50),
+        ({}, 100, 200_000, "loop", 1),
+        ({"stack_size": 3}, 100, 200_000, "loop", 1),
+    ],
+)
+def test_stacks_are_as_large_as_pays(asked, clients, model_bytes, engine, stack_size):
+    node = machine(2, memory_gb=1000)
+    plan = planned(node, mode="packed", clients=clients, model_bytes=model_bytes, engine=engine, **asked)
+    assert plan.stack_size == stack_size
+    assert any("stacks of up to" in reason for reason in plan.reasons) == (engine == "stacked" and not asked)
+
+
+def test_an_actor_of_one_client_has_no_stack():
+    assert planned(machine(16), mode="actor-per-client").stack_size == 1
+    assert planned(mode="serial", clients=20).stack_size == 20
+
+
+def test_stacks_on_a_gpu_are_large():
+    node = Node(8, 1, 64 * GB, gpu_memory_bytes=24 * GB)
+    plan = planned(node, mode="packed", actors=2, num_gpus=0.5, clients=600, model_bytes=800_000)
+    assert plan.stack_size == 300
+
+
+def test_gpu_memory_that_is_not_there():
+    node = Node(8, 1, 64 * GB, gpu_memory_bytes=8 * GB)
+    message = refused(node, mode="packed", actors=4, num_gpus=0.25, clients=600, model_bytes=10_000_000)
+    assert message == (
+        "0.25 GPU is 2.0 GB, but an actor needs about 3.6 GB there for stacks of 100 clients; "
+        "set a larger placement.num_gpus or a smaller placement.stack_size"
+    )
+    assert planned(node, mode="packed", actors=2, num_gpus=0.5, clients=600, model_bytes=10_000_000).num_gpus == 0.5
+    unknown = Node(8, 1, 64 * GB)
+    assert planned(unknown, mode="packed", actors=4, num_gpus=0.25, clients=600, model_bytes=10_000_000).num_actors == 4
+
+
+def test_memory_of_a_gpu_comes_from_the_drivers_tool(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 81559\necho 40960\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine_module._gpu_memory_bytes() == 40960 * 2**20
+    tool.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    assert machine_module._gpu_memory_bytes() == 0
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert machine_module._gpu_memory_bytes() == 0
+
+
+# ---------------------------------------------------------------- limits of the system
+
+
+def test_limits_of_threads_and_files_bound_the_actors():
+    small = dataclasses.replace(machine(64, memory_gb=1000), max_threads=1000)  # (1000 - 250) / 25
+    assert planned(small, clients=100).num_actors == 30
+    assert planned(small, clients=30, mode="auto").mode == "actor-per-client"
+    assert planned(small, clients=31, mode="auto").mode == "packed"
+    message = refused(small, mode="actor-per-client", clients=31)
+    assert message.startswith("31 actors need about 1,025 threads and 193 open files")
+    assert "allow 30 actors" in message
+    files = dataclasses.replace(machine(64, memory_gb=1000), max_files=130)
+    assert planned(files, clients=100).num_actors == 10
+
+
+def test_memory_is_counted_node_by_node():
+    """Half an actor's memory on each of two nodes is none."""
+    halves = machine(4, memory_gb=0.6), machine(4, memory_gb=0.6)
+    assert planned(*halves, mode="packed", clients=100).num_actors == 2
+    assert "3 actors need about" in refused(*halves, mode="packed", actors=3)

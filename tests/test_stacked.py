@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedsim import models
+from fedsim.config import Config
+from fedsim.errors import ConfigError
+from fedsim.experiment import prepare
 from fedsim.numerics import numerics
 from fedsim.stacked import Stacked, engine, obstacle
 from fedsim.stacked.engine import Piece, pieces
@@ -382,3 +385,35 @@ def test_an_obstacle_is_named(factory, said):
     assert found is not None
     assert said in found
     assert len(found.splitlines()) == 1
+
+
+def with_batch_norm(input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Linear(784, num_classes))
+
+
+CONFIG = Config().override({"data.dataset": "synthetic", "placement.mode": "serial", "rounds": 0})
+
+
+def test_an_engine_that_cannot_run_the_model_is_refused_by_the_layer():
+    with pytest.raises(ConfigError) as caught:
+        prepare(CONFIG.override({"training.engine": "stacked"}), model=with_batch_norm)
+    message = str(caught.value)
+    assert message.startswith("training.engine = 'stacked' cannot run this model: layer 1, BatchNorm1d, is none of ")
+    assert message.endswith("; the loop engine can, auto takes it")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "model", "engine"),
+    [
+        ("auto", None, "stacked"),
+        ("stacked", None, "stacked"),
+        ("loop", None, "loop"),
+        ("auto", with_batch_norm, "loop"),
+        ("loop", with_batch_norm, "loop"),
+    ],
+)
+def test_which_engine_runs(asked, model, engine):
+    x = prepare(CONFIG.override({"training.engine": asked}), model=model)
+    assert x.spec.engine == engine
+    assert (x.obstacle is None) == (model is None)

@@ -33,6 +33,7 @@ from fedsim.errors import FedsimError
 from fedsim.presets import PRESETS, preset
 
 if TYPE_CHECKING:
+    from fedsim.experiment import Experiment
     from fedsim.metrics import RoundRecord
     from fedsim.placement import Plan
 
@@ -98,13 +99,14 @@ def plan(
     from fedsim.launch import preview
 
     x = prepare(configuration(experiment_name, changes, address))
+    made = preview(x)
     sizes = x.partition.num_examples
     rows = {
         "data": f"{x.dataset.name}: {len(x.dataset.train_labels):,} training examples, "
         f"{sizes.min():,} to {sizes.max():,} a client",
         "model": f"{x.config.model.name}: {x.layout.num_values:,} values, {x.model_bytes / 1e6:.1f} MB",
         "clients": f"{x.config.clients.count:,}, of which {x.cohort_size:,} in each of {count_rounds(x.config.rounds)}",
-        **_plan_rows(preview(x)),
+        **_plan_rows(made, _engine(x, made)),
     }
     table = Table(box=None, show_header=False)
     for key, value in rows.items():
@@ -208,8 +210,14 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _plan_rows(made: Plan) -> dict[str, str]:
-    rows = {"placement": made.mode}
+def _engine(x: Experiment, made: Plan) -> str:
+    if x.spec.engine == "stacked":
+        return f"stacked: up to {made.stack_size:,} clients in one computation" if made.stack_size > 1 else "stacked"
+    return f"loop: {x.obstacle}" if x.obstacle else "loop: as asked for"
+
+
+def _plan_rows(made: Plan, engine: str) -> dict[str, str]:
+    rows = {"engine": engine, "placement": made.mode}
     if made.num_actors:
         share = f"{made.num_cpus:g} CPU" + (f" and {made.num_gpus:g} GPU" if made.num_gpus else "")
         rows["actors"] = f"{made.num_actors:,}, each with {share} and {made.threads} thread(s)"
