@@ -231,6 +231,25 @@ def test_a_client_has_the_same_bits_in_any_stack(kind, sgd):
     assert [bits(t) for t in backwards] == alone[::-1]
 
 
+THIN = {
+    "to one": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(240, 1), nn.ReLU(), nn.Linear(1, 16), nn.Linear(16, CLASSES)
+    ),
+    "from one": lambda: nn.Sequential(nn.AvgPool2d((12, 10)), nn.Flatten(), nn.Linear(2, 1), nn.Linear(1, CLASSES)),
+}
+
+
+@pytest.mark.parametrize("name", THIN)
+@pytest.mark.parametrize("batch_size", [4, 8, 12, 16])
+def test_layers_of_one_unit_change_no_bit(name, batch_size):
+    """Their products are of a matrix and a vector; where the unit is dead, a trial would not notice."""
+    module = made(THIN[name])
+    clients, stack = work(49, 49, 20, 13), stacked(module, Sgd(0.5), batch_size)
+    together = [bits(trained) for trained in stack.train(start(module), EXAMPLES, clients)]
+    assert together == [bits(stack.train(start(module), EXAMPLES, [client])[0]) for client in clients]
+    assert not any(agreed for key, agreed in stack._agreed.items() if key[0] > 1), "whatever a trial says"
+
+
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=9),
