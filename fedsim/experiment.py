@@ -99,7 +99,7 @@ def prepare(
         module = models.build(factory, data.input_shape, data.num_classes, config.seed)
         layout = Layout.of(module)
         initial_weights = layout.flatten(module)
-        obstacle = stacked.obstacle(module, data.input_shape)
+        obstacle = stacked.obstacle(module, data.input_shape, data.num_classes)
     if obstacle and config.training.engine == "stacked":
         raise ConfigError(
             f"training.engine = 'stacked' cannot run this model: {obstacle}; the loop engine can, auto takes it"

@@ -135,10 +135,10 @@ def _entries(tensors: list[tuple[str, Tensor, bool]]) -> tuple[Entry, ...]:
 
 
 def read_only_tensor(array: np.ndarray) -> Tensor:
-    """A tensor that shares the array's memory, also where that is read-only, as in a shared object store."""
+    """A tensor that shares a contiguous array's memory, also where that is read-only, as in a shared object store."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors; nothing here writes to these
-        return torch.from_numpy(array)
+        return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def sha256(*arrays: np.ndarray) -> str:

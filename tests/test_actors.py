@@ -82,7 +82,7 @@ def test_actor_per_client_gives_each_its_own_process_its_share_and_the_results_o
 def test_weights_are_handed_out_once_a_round_and_the_data_once(shared_ray, reference, monkeypatch, way):
     """In memory shared with the actors, where they reach it; else in the object store: with the same bits."""
     if way == "object store":
-        monkeypatch.setattr(ray_pool, "_is_on_one_machine", lambda: False)
+        monkeypatch.setattr(ray_pool, "is_on_one_machine", lambda: False)
     elif way == "unreachable memory":
         create = Slab.create
 
@@ -160,6 +160,25 @@ def test_what_has_begun_is_taken_or_put_aside(shared_ray):
         again = pool.fit(1, weights, [0, 1, 3])
         assert [(r.update.client_id, r.update.update_sha256) for r in again] == expected
         assert [weights_module.sha256(r.update.update, r.update.integers) for r in again] == [h for _, h in expected]
+
+
+def test_one_death_is_one_restart(shared_ray, monkeypatch):
+    """Also where the next round waits behind the evaluation in which the actor dies."""
+    x = prepare(TINY.override({"placement.mode": "packed", "placement.actors": 2}))
+    restarts = []
+    restart = ray_pool.RayPool._restart
+    monkeypatch.setattr(
+        ray_pool.RayPool, "_restart", lambda self, actor, **how: restarts.append(actor) or restart(self, actor, **how)
+    )
+    with connect(x) as plan, open_pool(x, plan) as pool:
+        expected = [r.update.update_sha256 for r in pool.fit(1, x.initial_weights, [0, 1, 3])]
+        tested = pool.evaluate(0, x.initial_weights)
+        os.kill(pool.fit(1, x.initial_weights, [0])[0].update.pid, signal.SIGKILL)
+        assert pool.evaluate(0, x.initial_weights, then=[0, 1, 3]) == tested
+        results = pool.fit(1, x.initial_weights, [0, 1, 3])
+    assert [r.update.update_sha256 for r in results] == expected
+    assert [r.attempts for r in results] == [1, 1, 1], "what had not begun is not begun again"
+    assert len(restarts) == 1
 
 
 def test_exhausted_retries_stop_the_run_with_client_and_round(shared_ray, tmp_path):

@@ -254,15 +254,16 @@ def units(share: float) -> int:
 
 
 def all_find_a_place(plan: Plan, nodes: list[Node]) -> bool:
-    """Places one actor after the other: CPUs of a node, and devices of the same node, as Ray does."""
+    """Places one actor after the other: CPUs and memory of a node, and devices of the same node, as Ray does."""
     cpu, gpu = units(plan.num_cpus), units(plan.num_gpus)
-    free = [[units(node.num_cpus), [10_000] * int(node.num_gpus)] for node in nodes]
+    free = [[units(node.num_cpus), [10_000] * int(node.num_gpus), node.memory_bytes] for node in nodes]
     for _ in range(plan.num_actors):
         for node in free:
             devices = [i for i, left in enumerate(node[1]) if left >= min(gpu, 10_000)]
             wanted = 1 if 0 < gpu <= 10_000 else gpu // 10_000
-            if node[0] >= cpu and len(devices) >= wanted:
+            if node[0] >= cpu and node[2] >= plan.actor_bytes and len(devices) >= wanted:
                 node[0] -= cpu
+                node[2] -= plan.actor_bytes
                 for i in devices[:wanted]:
                     node[1][i] -= min(gpu, 10_000)
                 break
@@ -321,7 +322,7 @@ def test_what_is_refused_for_its_cpus_does_not_fit(nodes, asked, clients):
     except PlanError:
         is_refused = True
     share = 0.0001 if asked["num_cpus"] == "auto" else asked["num_cpus"]
-    wanted = Plan("actor-per-client", clients, share, 0.0, 1, 1, 0, 0.0, ())
+    wanted = Plan("actor-per-client", clients, share, 0.0, 1, 1, 0, 0, 0.0, ())
     assert is_refused != all_find_a_place(wanted, nodes)
 
 
@@ -407,14 +408,15 @@ def test_stacks_on_a_gpu_are_large():
 
 def test_gpu_memory_that_is_not_there():
     node = Node(8, 1, 64 * GB, gpu_memory_bytes=8 * GB)
-    message = refused(node, mode="packed", actors=4, num_gpus=0.25, clients=600, model_bytes=10_000_000)
+    large = {"mode": "packed", "clients": 600, "model_bytes": 10_000_000, "stack_size": 100}
+    message = refused(node, actors=4, num_gpus=0.25, **large)
     assert message == (
         "0.25 GPU is 2.0 GB, but an actor needs about 3.6 GB there for stacks of 100 clients; "
         "set a larger placement.num_gpus or a smaller placement.stack_size"
     )
-    assert planned(node, mode="packed", actors=2, num_gpus=0.5, clients=600, model_bytes=10_000_000).num_gpus == 0.5
+    assert planned(node, actors=2, num_gpus=0.5, **large).num_gpus == 0.5
     unknown = Node(8, 1, 64 * GB)
-    assert planned(unknown, mode="packed", actors=4, num_gpus=0.25, clients=600, model_bytes=10_000_000).num_actors == 4
+    assert planned(unknown, actors=4, num_gpus=0.25, **large).num_actors == 4
 
 
 def test_memory_of_a_gpu_comes_from_the_drivers_tool(tmp_path, monkeypatch):
@@ -449,3 +451,28 @@ def test_memory_is_counted_node_by_node():
     halves = machine(4, memory_gb=0.6), machine(4, memory_gb=0.6)
     assert planned(*halves, mode="packed", clients=100).num_actors == 2
     assert "3 actors need about" in refused(*halves, mode="packed", actors=3)
+
+
+def test_no_node_of_a_cluster_is_filled_beyond_its_memory():
+    """Ray would put 64 actors of one CPU on the first node: it reserves their memory too."""
+    plan = planned(machine(64, memory_gb=1), machine(2, memory_gb=100), mode="packed", clients=1000)
+    assert (plan.num_actors, plan.actor_bytes) == (4, placement.ACTOR_BYTES)
+    plan = planned(machine(16, memory_gb=1), machine(2, memory_gb=100), mode="packed", actors=20, clients=20)
+    assert plan.num_cpus == 0.1111, "two on the first node, 18 on the second"
+    assert planned(machine(16), mode="packed").actor_bytes == 0
+
+
+def test_what_others_have_left_of_a_gpu_counts():
+    assert placement.capacity(0, 0.25, (machine(2, 0.75),)) == 3
+    assert placement.capacity(0, 0.5, (machine(2, 1.75),)) == 3
+    assert placement.capacity(0, 0.5, (machine(2, 0.25),)) == 0
+
+
+def test_an_automatic_stack_fits_the_gpu():
+    node = Node(8, 1, 64 * GB, gpu_memory_bytes=8 * GB)
+    plan = planned(node, mode="packed", actors=10, num_gpus=0.1, clients=1000, model_bytes=800_000)
+    assert plan.stack_size == 83, "of 0.8 GB, 0.6 are the context's"
+
+
+def test_a_plan_can_be_made_before_the_model_is_known():
+    assert planned(machine(2), mode="packed", model_bytes=0).num_actors == 2

@@ -108,7 +108,7 @@ def test_there_is_a_model_for_each_layer_type():
 def test_it_trains_as_autograd_does(kind, sgd):
     """In float64, over epochs with a short last batch, clients of unequal size: to 1e-9, as every step is the same."""
     module = made(EXAMPLE_MODELS[kind], torch.float64)
-    assert obstacle(module, SHAPE) is None
+    assert obstacle(module, SHAPE, CLASSES) is None
     clients = work(23, 30, 8, epochs=2)
     ours = stacked(module, sgd, 10).train(start(module), EXAMPLES, clients)
     theirs = Loop(module, sgd, 10).train(start(module), EXAMPLES, clients)
@@ -178,7 +178,7 @@ def test_it_evaluates_as_the_module_does(kind):
 @pytest.mark.parametrize("name", models.MODELS)
 def test_every_model_of_the_table_can_be_stacked(name):
     module = models.build(models.MODELS[name], (1, 28, 28), 10, seed=0)
-    assert obstacle(module, (1, 28, 28)) is None
+    assert obstacle(module, (1, 28, 28), 10) is None
 
 
 def test_it_changes_neither_the_global_weights_nor_the_module():
@@ -395,12 +395,13 @@ HEAD = (nn.Flatten(), nn.Linear(240, CLASSES))
         (lambda: nn.Sequential(nn.Flatten(0, 1), *HEAD), "Flatten of dimensions 0 to 1"),
         (lambda: nn.Sequential(nn.Linear(10, 2), nn.Flatten(), nn.Linear(48, CLASSES)), ""),  # on images
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3, CLASSES)), "Expected size"),
-        (lambda: nn.Sequential(nn.Conv2d(2, 3, 3)), ""),  # no logits
+        (lambda: nn.Sequential(nn.Conv2d(2, 3, 3)), "outputs of shape 3x10x8 where there are 4 classes"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(240, 10)), "outputs of shape 10 where there are 4 classes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_an_obstacle_is_named(factory, said):
-    found = obstacle(made(factory), SHAPE)
+    found = obstacle(made(factory), SHAPE, CLASSES)
     assert found is not None
     assert said in found
     assert len(found.splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 import socket
 import threading
@@ -187,6 +188,12 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def is_on_one_machine() -> bool:
+    """Whether this Ray is this machine alone, so that its actors can share the driver's memory."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return len(alive) == 1 and alive[0]["NodeManagerHostname"] == platform.node()
 
 
 def has_room(plan: Plan, timeout_s: float = 10.0) -> bool:

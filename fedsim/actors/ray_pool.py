@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from fedsim.actors import FitResult, PoolInfo
+from fedsim.actors.connection import is_on_one_machine
 from fedsim.actors.slab import Slab, SlabAddress
 from fedsim.client import (
     ClientHost,
@@ -52,7 +52,7 @@ class _HostActor:
     ) -> tuple[HostInfo, bool]:
         set_numerics(spec.threads)
         self.slab: Slab | None = None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self.slab = Slab(address) if address else None
         self.host = ClientHost(spec, _assigned_device(num_gpus))
         return self.host.load(dataset, partition), self.slab is not None
@@ -91,9 +91,11 @@ class _Call:
     method: str
     arguments: tuple[Any, ...]
     attempt: int = 1
+    handle: Any = None
+    """Of the actor that it was made on: another one may have taken its number since."""
 
 
-_Pending = dict[ray.ObjectRef, _Call]
+_Pending = dict[Any, _Call]
 """Calls that have been made, by their answers to come."""
 
 
@@ -129,7 +131,7 @@ class RayPool:
         self._weights: tuple[Weights, Any] | None = None
         self._actors: list[Any] = []
         self._begun: tuple[tuple[int, Weights, list[int]], _Pending] | None = None
-        self._slab = Slab.create(cohort_size, weights) if _is_on_one_machine() else None
+        self._slab = Slab.create(cohort_size, weights) if is_on_one_machine() else None
         try:
             self._actors = [self._start() for _ in range(plan.num_actors)]
             address = self._slab.address if self._slab else None
@@ -180,6 +182,8 @@ class RayPool:
 
     def _start(self) -> Any:
         options = {"num_cpus": self._plan.num_cpus, "num_gpus": self._plan.num_gpus, "max_restarts": 0}
+        if self._plan.actor_bytes:
+            options["memory"] = self._plan.actor_bytes
         return ray.remote(**options)(_HostActor).remote()
 
     def _put(self, weights: Weights) -> Any:
@@ -187,6 +191,7 @@ class RayPool:
         if self._weights is None or self._weights[0] is not weights:
             flat, integers = weights.arrays()
             if self._slab:
+                assert self._begun is None, "the actors train from the weights that are there"
                 self._slab.weights[:] = flat
             self._weights = weights, (None, integers) if self._slab else ray.put((flat, integers))
         return self._weights[1]
@@ -231,7 +236,7 @@ class RayPool:
 
     def _begin(self, calls: Iterable[_Call]) -> _Pending:
         """Makes all calls at once."""
-        return {self._submit(call): call for call in calls}
+        return dict(self._submit(call) for call in calls)
 
     def _finish(self, pending: _Pending) -> list[tuple[_Call, Any]]:
         """Takes the answers as they come; a dead actor's work is done again."""
@@ -244,27 +249,24 @@ class RayPool:
             except RayTaskError as error:  # the code in the actor raised: a bug, never retried
                 raise _own_error(error) from None
             except RayError as error:  # the actor, its worker or its node died
-                if call.attempt > self._max_retries:
-                    raise RunFailedError(_exhausted(call, error)) from error
-                self._restart(call.actor, load=call.method != "load")
-                again = replace(call, attempt=call.attempt + 1)
-                pending[self._submit(again)] = again
+                if call.handle is self._actors[call.actor]:  # else it waited behind the call that noticed the death
+                    if call.attempt > self._max_retries:
+                        raise RunFailedError(_exhausted(call, error)) from error
+                    self._restart(call.actor, load=call.method != "load")
+                    call = replace(call, attempt=call.attempt + 1)
+                pending.update([self._submit(call)])
         return answers
 
-    def _submit(self, call: _Call) -> ray.ObjectRef:
-        return getattr(self._actors[call.actor], call.method).remote(*call.arguments)
+    def _submit(self, call: _Call) -> tuple[ray.ObjectRef, _Call]:
+        """Makes a call; its answer to come, and the call with the actor it was made on."""
+        handle = self._actors[call.actor]
+        return getattr(handle, call.method).remote(*call.arguments), replace(call, handle=handle)
 
     def _restart(self, actor: int, *, load: bool) -> None:
         ray.kill(self._actors[actor])
         self._actors[actor] = self._start()
         if load:  # calls to one actor are answered in order: no need to wait
             self._submit(_Call(actor, "load", self._load_arguments))
-
-
-def _is_on_one_machine() -> bool:
-    """Whether this Ray is this machine alone, so that its actors can share the driver's memory."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return len(alive) == 1 and alive[0]["NodeManagerHostname"] == platform.node()
 
 
 def _common_info(infos: list[HostInfo]) -> PoolInfo:

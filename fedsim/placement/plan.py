@@ -66,6 +66,8 @@ class Plan:
     """Torch threads of each actor."""
     stack_size: int
     """At most so many clients train in one computation."""
+    actor_bytes: int
+    """Memory that Ray reserves for each actor: on several nodes, so that none is filled beyond its memory; else 0."""
     memory_bytes: int
     """Predicted memory of all actors and of a round's updates."""
     start_s: float
@@ -87,8 +89,8 @@ def make_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]) -
     reasons: list[str] = []
     if placement.mode == "serial":
         reasons.append("serial: as asked for, no Ray")
-        stack = _stack_size(placement, size, size.cohort_size, 0.0, reasons)
-        return Plan("serial", 0, 0.0, 0.0, placement.threads, stack, _round_bytes(size), 0.0, tuple(reasons))
+        stack = _stack_size(placement, size, size.cohort_size, 0.0, 0, reasons)
+        return Plan("serial", 0, 0.0, 0.0, placement.threads, stack, 0, _round_bytes(size), 0.0, tuple(reasons))
 
     mode = _mode(placement, size, nodes, reasons)
     actors = _num_actors(placement, size, nodes, mode, reasons)
@@ -97,11 +99,13 @@ def make_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]) -
     num_cpus = _cpu_share(placement, actors, num_gpus, nodes)
     stack = 1
     if mode == "packed":
-        stack = _stack_size(placement, size, -(-size.cohort_size // actors), num_gpus, reasons)
+        of_actor = -(-size.cohort_size // actors)
+        stack = _stack_size(placement, size, of_actor, num_gpus, _gpu_bytes(nodes), reasons)
     _check_gpu_memory(num_gpus, stack, size, nodes)
     memory = actors * ACTOR_BYTES + _round_bytes(size)
     start = _start_s(actors, sum(node.num_cpus for node in nodes))
-    return Plan(mode, actors, num_cpus, num_gpus, placement.threads, stack, memory, start, tuple(reasons))
+    reserved = ACTOR_BYTES if len(nodes) > 1 else 0
+    return Plan(mode, actors, num_cpus, num_gpus, placement.threads, stack, reserved, memory, start, tuple(reasons))
 
 
 def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], reasons: list[str]) -> str:
@@ -134,8 +138,8 @@ def _num_actors(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...],
                 'leave it at "auto", or set placement.mode=packed'
             )
     elif placement.actors == "auto":
-        cpus = int(sum(node.num_cpus for node in nodes))
-        actors = max(1, min(cpus, size.cohort_size, _most(placement, nodes)))
+        cores = sum(min(int(node.num_cpus), _room(0, 0, (node,))) for node in nodes)
+        actors = max(1, min(cores, size.cohort_size, _most(placement, nodes)))
         reasons.append(f"{actors} actors: one a core, and no more than fit or than the {size.cohort_size:,} of a round")
     else:
         actors = min(placement.actors, size.num_clients)
@@ -160,23 +164,27 @@ def _check_memory(actors: int, size: Size, nodes: tuple[Node, ...]) -> None:
 
 
 def _check_gpu_memory(num_gpus: float, stack: int, size: Size, nodes: tuple[Node, ...]) -> None:
-    known = [node.gpu_memory_bytes for node in nodes if node.gpu_memory_bytes]
+    known = _gpu_bytes(nodes)
     needed = GPU_ACTOR_BYTES + 3 * stack * size.model_bytes  # weights, momentum, and what a step computes
-    if num_gpus and known and min(1.0, num_gpus) * min(known) < needed:
+    if num_gpus and known and min(1.0, num_gpus) * known < needed:
         raise PlanError(
-            f"{num_gpus:g} GPU is {_gb(min(1.0, num_gpus) * min(known))}, but an actor needs about {_gb(needed)} there "
+            f"{num_gpus:g} GPU is {_gb(min(1.0, num_gpus) * known)}, but an actor needs about {_gb(needed)} there "
             f"for stacks of {stack:,} clients; set a larger placement.num_gpus or a smaller placement.stack_size"
         )
 
 
-def _stack_size(placement: PlacementConfig, size: Size, clients: int, num_gpus: float, reasons: list[str]) -> int:
+def _stack_size(
+    placement: PlacementConfig, size: Size, clients: int, num_gpus: float, gpu_bytes: int, reasons: list[str]
+) -> int:
     """How many of an actor's clients train in one computation: as many as pay."""
     if size.engine != "stacked":
         return 1
     if placement.stack_size != "auto":
         return min(placement.stack_size, clients)
     limit, most = (GPU_STACK_BYTES, clients) if num_gpus else (STACK_BYTES, MAX_STACK)
-    stack = max(1, min(clients, most, limit // size.model_bytes))
+    if num_gpus and gpu_bytes:  # what is left beside the context, for weights, momentum and what a step computes
+        limit = min(limit, int(num_gpus * gpu_bytes - GPU_ACTOR_BYTES) // 3)
+    stack = max(1, min(clients, most, limit // max(1, size.model_bytes)))
     reasons.append(f"stacks of up to {stack}: {stack} x {size.model_bytes / 1e6:.1f} MB of weights stay in the caches")
     return stack
 
@@ -189,7 +197,15 @@ def _most(placement: PlacementConfig, nodes: tuple[Node, ...]) -> int:
     """How many actors of the asked share fit, within all limits of each node."""
     cpus = 0.0 if placement.num_cpus == "auto" else placement.num_cpus
     gpus = 0.0 if placement.num_gpus == "auto" else placement.num_gpus
-    return sum(min(capacity(cpus, gpus, (node,)), node.memory_bytes // ACTOR_BYTES, _allowed(node)) for node in nodes)
+    return _room(cpus, gpus, nodes)
+
+
+def _room(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...]) -> int:
+    """As `capacity`, within the memory and the limits of each node."""
+    return sum(
+        min(capacity(num_cpus, num_gpus, (node,)), node.memory_bytes // ACTOR_BYTES, max(1, _allowed(node)))
+        for node in nodes
+    )
 
 
 def _allowed(node: Node) -> int:
@@ -216,13 +232,13 @@ def _gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...],
 def _cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: tuple[Node, ...]) -> float:
     # the largest share, up to one core, of which enough fit, node by node
     shares = {_floor(min(1.0, node.num_cpus / k)) for node in nodes for k in range(1, actors + 1)}
-    best = max((s for s in shares if s > 0 and capacity(s, num_gpus, nodes) >= actors), default=0.0)
+    best = max((s for s in shares if s > 0 and _room(s, num_gpus, nodes) >= actors), default=0.0)
     cpus = " + ".join(f"{node.num_cpus:g}" for node in nodes)
     if placement.num_cpus == "auto":
         if not best:
             raise PlanError(f"{actors} actors do not fit {cpus} CPUs: Ray's smallest share is 0.0001; set fewer actors")
         return best
-    if capacity(placement.num_cpus, num_gpus, nodes) < actors:
+    if _room(placement.num_cpus, num_gpus, nodes) < actors:
         raise PlanError(
             f"{actors} actors of {placement.num_cpus:g} CPU each need {actors * placement.num_cpus:g} CPUs, "
             f"but there are {cpus}; at most {best:g} each"
@@ -239,11 +255,17 @@ def capacity(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...]) -> int:
         if gpu == 0:
             by_gpu = 10**9
         elif gpu <= _UNITS:  # a fraction lies on one device
-            by_gpu = int(node.num_gpus) * (_UNITS // gpu)
+            whole, part = divmod(round(node.num_gpus * _UNITS), _UNITS)  # a part: what others have left of one
+            by_gpu = whole * (_UNITS // gpu) + part // gpu
         else:
             by_gpu = round(node.num_gpus * _UNITS) // gpu
         total += min(by_cpu, by_gpu)
     return total
+
+
+def _gpu_bytes(nodes: tuple[Node, ...]) -> int:
+    """Memory of the smallest GPU that is known of; 0 for none."""
+    return min((node.gpu_memory_bytes for node in nodes if node.gpu_memory_bytes), default=0)
 
 
 def _start_s(actors: int, cpus: float) -> float:

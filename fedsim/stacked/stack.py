@@ -80,12 +80,13 @@ def infer(layers: list[Layer], images: Tensor) -> Tensor:
     return torch.cat(logits)
 
 
-def obstacle(module: nn.Module, input_shape: tuple[int, ...]) -> str | None:
+def obstacle(module: nn.Module, input_shape: tuple[int, ...], num_classes: int) -> str | None:
     """What keeps the stacked engine from running a model: the first such layer, and why; None where nothing does.
 
     Args:
         module: the model; it is tried on two images.
         input_shape: C, H, W of an image.
+        num_classes: L.
     """
     if type(module) is not nn.Sequential:
         return f"{type(module).__name__} is not an nn.Sequential, which shows the order of its layers"
@@ -102,10 +103,10 @@ def obstacle(module: nn.Module, input_shape: tuple[int, ...]) -> str | None:
         if seen & parts:
             return f"{called} is used twice"
         seen |= parts
-    return _trial(module, input_shape)
+    return _trial(module, input_shape, num_classes)
 
 
-def _trial(module: nn.Sequential, input_shape: tuple[int, ...]) -> str | None:
+def _trial(module: nn.Sequential, input_shape: tuple[int, ...], num_classes: int) -> str | None:
     """Whether the stack gives the module's own outputs."""
     layout = Layout.of(module)
     weights = layout.flatten(module).flat
@@ -116,7 +117,9 @@ def _trial(module: nn.Sequential, input_shape: tuple[int, ...]) -> str | None:
             ours, own = forward(layers, images[None])[0], module(images)
     except Exception as error:  # noqa: BLE001 - the loop engine runs it, and shows the traceback if it is a bug
         return str(error).splitlines()[0] if str(error) else type(error).__name__
-    is_equal = ours.shape == own.shape and own.dim() == 2 and torch.allclose(ours, own, rtol=1e-3, atol=1e-4)
+    if own.shape != (2, num_classes):
+        return f"outputs of shape {'x'.join(map(str, own.shape[1:]))} where there are {num_classes} classes"
+    is_equal = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-3, atol=1e-4)
     return None if is_equal else "its layers give other outputs in a stack than alone"
 
 
