@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedsim.errors import RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRecord, RoundRecord
 from fedsim.results import Run
 
@@ -37,12 +38,20 @@ class Recorded:
 
     Attributes:
         rounds: round -> its row.
+
+    Raises:
+        RunFolderError: a file is missing or damaged.
     """
 
     def __init__(self, run: Run) -> None:
-        rounds = run.rounds  # before the clients: a round's row is written last
-        self.rounds: dict[int, dict[str, Any]] = {row["round"]: _named(row) for row in rounds.to_dict("records")}
-        self._clients = run.clients
+        try:
+            rounds = run.rounds  # before the clients: a round's row is written last
+            self._clients = run.clients
+            self.rounds: dict[int, dict[str, Any]] = {row["round"]: _named(row) for row in rounds.to_dict("records")}
+            self._clients["round"]
+        except (OSError, ValueError, KeyError) as error:  # Arrow's errors are ValueErrors
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise RunFolderError(f"the records of {run.path} cannot be read: {reason}") from None
 
     @property
     def last(self) -> int:

@@ -186,7 +186,7 @@ def _other_placement(run: Run) -> Mapping[str, Any]:
     """A placement that the run did not have."""
     if str(run.info.get("device")).startswith("cuda"):  # there the promise is for the same plan only
         return run.config.placement.model_dump()
-    is_serial = run.info.get("placement", {}).get("mode") == "serial"
+    is_serial = (run.info.get("placement") or {}).get("mode") == "serial"
     return {"mode": "packed", "actors": 2} if is_serial else {"mode": "serial"}
 
 

@@ -652,3 +652,17 @@ def test_an_error_of_the_evaluation_or_of_a_run_in_memory_names_no_replay(tmp_pa
     with pytest.raises(ClientError) as failed:
         fedsim.run(FRAGILE, results=tmp_path, model=lambda: Untestable(4, 2), dataset=tiny())
     assert not hasattr(failed.value, "__notes__")
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage"])
+@pytest.mark.parametrize("kind", ["rounds", "clients"])
+def test_damaged_records_are_named(folder, kind, damage):
+    parts = sorted((folder / f"{kind}.parquet").iterdir())
+    for part in parts:
+        if damage == "missing":
+            part.unlink()
+        else:
+            part.write_bytes(b"not Parquet")
+    with pytest.raises(InputError, match=r"the records of .* cannot be read: |has no finished round") as caught:
+        verify(folder, placement=SERIAL)
+    assert len(str(caught.value).splitlines()) == 1
