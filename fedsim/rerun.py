@@ -103,7 +103,9 @@ def plan_replay(
     """What `replay` will do: arguments and errors are its own."""
     run = load_run(path)
     recorded = Recorded(run)
-    last = min(max(recorded.last, 0) + 1, run.config.rounds)  # the round after the last is the one that failed
+    last = max(recorded.last, 0)
+    if recorded.rounds.get(last, {}).get("num_completed") or last == 0:  # then the run may have failed in the next one
+        last = min(last + 1, run.config.rounds)
     if not 1 <= round <= last:
         raise InputError(f"round {round} cannot be replayed: {run.path} has {_named(range(1, last + 1))}")
     rerun = _plan(run, recorded, _placed(run, {"mode": "serial"}), round, round - 1, client, own, anyway)

@@ -94,7 +94,9 @@ def test_the_predictions_of_a_plan():
 
 
 def test_serial_has_no_actors_and_fits_everywhere():
-    plan = planned(machine(0, memory_gb=0), mode="serial", threads=3, num_cpus=64, clients=10**6)
+    plan = planned(machine(0, memory_gb=0.5), mode="serial", threads=3, num_cpus=64, clients=10**6, cohort=1000)
+    message = refused(machine(2, memory_gb=0.1), mode="serial", clients=10**6, cohort=1000)
+    assert message.startswith("the 1,000 updates of a round are 0.2 GB, but 0.1 GB are free")
     assert (plan.mode, plan.num_actors, plan.num_cpus, plan.num_gpus, plan.threads) == ("serial", 0, 0.0, 0.0, 3)
     assert plan.reasons[0] == "serial: as asked for, no Ray"
 

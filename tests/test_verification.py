@@ -666,3 +666,15 @@ def test_damaged_records_are_named(folder, kind, damage):
     with pytest.raises(InputError, match=r"the records of .* cannot be read: |has no finished round") as caught:
         verify(folder, placement=SERIAL)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_round_that_never_began_cannot_be_replayed(tmp_path):
+    """After one in which every update was rejected there is none."""
+    far = CONFIG.override({"training.lr": 1e38, "strategy.name": "fedavg"})
+    with pytest.raises(RunFailedError):
+        fedsim.run(far, results=tmp_path, name="diverged")
+    last = int(load_run(tmp_path / "diverged").rounds["round"].iloc[-1])
+    with pytest.raises(InputError, match=rf"round {last + 1} cannot be replayed: .*diverged has rounds? .*{last}$"):
+        replay(tmp_path / "diverged", round=last + 1, client=0)
+    client = int(load_run(tmp_path / "diverged").clients["client_id"].iloc[-1])
+    assert replay(tmp_path / "diverged", round=last, client=client).differences == ()

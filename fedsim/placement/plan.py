@@ -89,6 +89,12 @@ def make_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]) -
     reasons: list[str] = []
     if placement.mode == "serial":
         reasons.append("serial: as asked for, no Ray")
+        free = sum(node.memory_bytes for node in nodes)
+        if _round_bytes(size) > free:
+            raise PlanError(
+                f"the {size.cohort_size:,} updates of a round are {_gb(_round_bytes(size))}, but {_gb(free)} are free; "
+                "set a smaller clients.per_round"
+            )
         stack = _stack_size(placement, size, size.cohort_size, 0.0, 0, reasons)
         return Plan("serial", 0, 0.0, 0.0, placement.threads, stack, 0, _round_bytes(size), 0.0, tuple(reasons))
 
