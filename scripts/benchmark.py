@@ -92,12 +92,18 @@ def environment_facts() -> dict[str, Any]:
     machine = environment.machine()
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "scripts/benchmark.py", *map(_public, sys.argv[1:])]),
         "git_commit": git_commit(),
         "versions": environment.versions(),
         "machine": {key: machine[key] for key in ("processor", "num_cpus", "memory_bytes")},
         "load_average": os.getloadavg()[0],
     }
+
+
+def _public(argument: str) -> str:
+    """An argument without this machine's paths, which are nobody else's."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}PATH" if Path(value).is_absolute() else argument
 
 
 def publish(folder: Path, tasks: Mapping[str, Task]) -> None:

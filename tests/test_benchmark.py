@@ -369,3 +369,12 @@ def test_flower_learns():
     assert measured.rounds["round"].tolist() == [1, 2]
     assert measured.rounds["test_accuracy"].iloc[-1] > 0.7
     assert measured.facts["versions"]["flwr"]
+
+
+def test_what_is_published_names_no_path_of_a_machine():
+    given = ["T1", "--flower-python", "/home/me/flower/bin/python", "--output=/home/me/out", "--rounds", "3"]
+    assert [benchmark._public(argument) for argument in given] == [
+        "T1", "--flower-python", "PATH", "--output=PATH", "--rounds", "3",
+    ]  # fmt: skip
+    for path in benchmark.PUBLISHED.glob("*"):
+        assert not any(folder in path.read_bytes() for folder in (b"/tmp/", b"/home/", b"/root/")), path.name
