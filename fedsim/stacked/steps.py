@@ -11,6 +11,7 @@ from torch import Tensor
 from fedsim.stacked.layers import Layer, Linear
 from fedsim.stacked.lookahead import Lookahead
 from fedsim.stacked.products import aligned_like, is_aligned
+from fedsim.stacked.stack import forward
 
 
 def train(layers: list[Layer], images: Tensor, targets: Tensor, block: int) -> Tensor:
@@ -43,10 +44,7 @@ def train(layers: list[Layer], images: Tensor, targets: Tensor, block: int) -> T
 
 def _step(layers: list[Layer], lowest: int, images: Tensor, targets: Tensor) -> Tensor:
     """One step; nothing below the layer `lowest` is trained."""
-    x = images
-    for layer in layers:
-        x = layer.forward(x)
-    log_probabilities = torch.log_softmax(x, -1)
+    log_probabilities = torch.log_softmax(forward(layers, images), -1)
     g = log_probabilities.exp().sub_(targets)
     for i in range(len(layers) - 1, lowest - 1, -1):
         g = layers[i].backward(g, needs_input=i > lowest)
