@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,14 +33,14 @@ def early_ray(config: Config, *, debug: bool = False) -> Iterator[None]:
     if placement.mode == "serial" or address(config) != "local" or placement.num_gpus not in ("auto", 0):
         yield
         return
-    from fedsim.actors import connection
+    from fedsim.actors import connection, private
 
-    node = cpu_node()
+    node = replace(cpu_node(), fork_obstacle=private.fork_obstacle())
     # before model and engine are known, of which only stacks depend; the final plan asks for no more actors
     size = Size(clients.count, cohort_size(clients.per_round, clients.count), model_bytes=0)
     plan = make_plan(placement, size, (node,))
     store_bytes = _early_store_bytes(node.memory_bytes)
-    with connection.connect("local", _ray_cpus(plan), store_bytes, meanwhile=_import_parts, debug=debug):
+    with connection.connect("local", plan, store_bytes, meanwhile=_import_parts, debug=debug):
         yield
 
 
@@ -52,7 +51,7 @@ def preview(x: Experiment) -> Plan:
         PlanError: as `connect`.
     """
     if _is_alone(x):
-        return _plan(x, _this_machine(x))
+        return _plan(x, _this_machine(x, is_preview=True))
     with connect(x) as plan:
         return plan
 
@@ -74,12 +73,13 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
     if x.config.placement.mode == "serial":
         yield plan
         return
-    from fedsim.actors import connection  # imports ray, which a serial run does without
+    from fedsim.actors import connection, private  # they import ray, which a serial run does without
 
-    num_cpus = _ray_cpus(plan) if is_alone else 0  # a cluster has its own
-    with connection.connect(x.address, num_cpus, _store_bytes(x), debug=debug) as nodes:
+    with connection.connect(x.address, plan if is_alone else None, _store_bytes(x), debug=debug) as nodes:
         if not is_alone:
             plan = _plan(x, *nodes)
+        elif plan.start == "fork" and private.fork_obstacle():
+            plan = _plan(x, _this_machine(x))
         if not connection.has_room(plan):  # others use this Ray: what is left must do, or the plan is refused
             plan = _plan(x, *connection.free_nodes())
         yield plan
@@ -108,19 +108,20 @@ def _is_alone(x: Experiment) -> bool:
     """Whether the run has this machine for itself: serial, or on a private Ray."""
     if x.config.placement.mode == "serial":
         return True
-    from fedsim.actors import connection
+    from fedsim.actors import connection, private
 
-    return x.address == "local" and (connection.free_before_start() is not None or not connection.is_connected())
+    return x.address == "local" and (private.free_before_start() is not None or not connection.is_connected())
 
 
-def _this_machine(x: Experiment) -> Node:
+def _this_machine(x: Experiment, *, is_preview: bool = False) -> Node:
     """This machine as a run that is alone has it: the idle workers of an early Ray will be its actors."""
     node = local_node()
     if x.config.placement.mode == "serial":
         return node
-    from fedsim.actors import connection
+    from fedsim.actors import private
 
-    return replace(node, memory_bytes=connection.free_before_start() or node.memory_bytes)
+    obstacle = private.test_fork() if is_preview else private.fork_obstacle()
+    return replace(node, memory_bytes=private.free_before_start() or node.memory_bytes, fork_obstacle=obstacle)
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:
@@ -136,11 +137,6 @@ def _store_bytes(x: Experiment) -> int:
 
 def _import_parts() -> None:
     import fedsim.experiment  # noqa: F401 - brings torch, a second's work
-
-
-def _ray_cpus(plan: Plan) -> int:
-    """CPUs of a private Ray: what the actors are pinned to and no more, as it starts a worker for each at once."""
-    return math.ceil(plan.num_actors * plan.num_cpus)
 
 
 def _early_store_bytes(free_bytes: int) -> int:

@@ -15,9 +15,9 @@ def shared_ray():
     """One Ray for the tests of a module: fedsim uses it and leaves it running. Every test gives its CPUs back."""
     import ray
 
-    from fedsim.actors.connection import _private_ray_environment
+    from fedsim.actors.private import _on_loopback
 
-    with _private_ray_environment():
+    with _on_loopback():
         ray.init(
             address="local",
             num_cpus=4,

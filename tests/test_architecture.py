@@ -44,7 +44,8 @@ LAYERS = (
         "stacked",
         "fingerprint",
     ),
-    ("client", "placement.machine", "placement.plan", "placement", "resolution"),
+    ("client", "placement.machine", "placement.costs", "placement.limits", "placement.plan", "placement", "resolution"),
+    ("forkserver", "forkserver.launcher", "forkserver.server", "forkserver.registered"),
     (
         "checkpoint",
         "results.writer",
@@ -52,6 +53,7 @@ LAYERS = (
         "results",
         "actors",
         "actors.serial",
+        "actors.private",
         "actors.connection",
         "actors.slab",
         "actors.ray_pool",

@@ -1,6 +1,6 @@
 """Where clients are hosted: a pool of Ray actors, or this process. Both have the interface `Pool`.
 
-Only `connection` and `ray_pool` import ray, and they are imported only when a plan asks for it.
+Only `private`, `connection` and `ray_pool` import ray, and they are imported only when a plan asks for it.
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ class PlacementConfig(_Section):
         "auto", description="packed, serial: at most so many clients of an actor train in one computation"
     )
     threads: int = Field(1, ge=1, le=1024, description="torch threads of each actor; part of the promise of equal bits")
-    start: Literal["auto", "plain"] = Field("auto", description="how actors start: auto, plain (Ray's own workers)")
+    start: Literal["auto", "fork", "plain"] = Field(
+        "auto", description="how actors start: auto, fork (from a process that has torch loaded), plain (Ray's own way)"
+    )
     address: str = Field("local", min_length=1, description="local (a private Ray), auto, or a Ray address HOST:PORT")
 
     @field_validator("num_cpus", "num_gpus")

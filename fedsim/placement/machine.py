@@ -26,6 +26,8 @@ class Node:
     """That this user may start, all processes together."""
     max_files: int = _UNLIMITED
     """That a process may open."""
+    fork_obstacle: str = "fedsim did not start this Ray"
+    """Why actors cannot be forked here; "" if they can."""
 
 
 def local_node() -> Node:

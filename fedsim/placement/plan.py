@@ -1,7 +1,6 @@
 """Where the clients run: a pure function from (configuration, sizes, machine) to a plan.
 
-The predictions are constants of the release, measured once, so that the same machine gets the same plan. Nothing
-here changes a result, only where and when it is computed.
+Nothing here changes a result, only where and when it is computed.
 """
 
 from __future__ import annotations
@@ -10,18 +9,10 @@ from dataclasses import dataclass
 
 from fedsim.config import PlacementConfig
 from fedsim.errors import PlanError
+from fedsim.placement.costs import BASE_FILES, BASE_THREADS, COSTS, FORK_SERVER_BYTES, PLAIN, Cost
+from fedsim.placement.limits import UNITS, allowed, capacity, room
 from fedsim.placement.machine import Node
 
-ACTOR_BYTES = 400_000_000
-"""Memory of an actor that has torch loaded (PSS)."""
-ACTOR_START_CORE_S = 2.0
-"""Core-seconds to start one: importing torch and ray."""
-ACTOR_THREADS = 25
-"""Threads of one, as the system's limit of processes counts them."""
-ACTOR_FILES = 3
-"""Open files that Ray's own process of a node holds for one."""
-BASE_THREADS, BASE_FILES = 250, 100
-"""Likewise of the driver and of Ray's own processes."""
 GPU_ACTOR_BYTES = 600_000_000
 """GPU memory of an actor before it holds a model: its CUDA context and libraries."""
 START_BUDGET_S = 10.0
@@ -32,8 +23,6 @@ GPU_STACK_BYTES = 1_000_000_000
 """Weights of a stack on a GPU."""
 MAX_STACK = 32
 """Clients in a stack on a CPU: more amortise nothing."""
-
-_UNITS = 10_000  # Ray counts resources in 1/10,000
 
 
 @dataclass(frozen=True)
@@ -64,6 +53,10 @@ class Plan:
     """GPUs each actor is pinned to."""
     threads: int
     """Torch threads of each actor."""
+    start: str
+    """How the actors start: fork or plain."""
+    or_plain: bool
+    """Whether plain actors would fit too: what forked ones become where forking fails."""
     stack_size: int
     """At most so many clients train in one computation."""
     actor_bytes: int
@@ -89,6 +82,8 @@ def make_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]) -
     reasons: list[str] = []
     if placement.mode == "serial":
         reasons.append("serial: as asked for, no Ray")
+        if placement.start == "fork":
+            raise PlanError("serial mode starts no actors: there is nothing to fork; leave placement.start at auto")
         free = sum(node.memory_bytes for node in nodes)
         if _round_bytes(size) > free:
             raise PlanError(
@@ -96,25 +91,58 @@ def make_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]) -
                 "set a smaller clients.per_round"
             )
         stack = _stack_size(placement, size, size.cohort_size, 0.0, 0, reasons)
-        return Plan("serial", 0, 0.0, 0.0, placement.threads, stack, 0, _round_bytes(size), 0.0, tuple(reasons))
+        return Plan(
+            "serial", 0, 0.0, 0.0, placement.threads, "", False, stack, 0, _round_bytes(size), 0.0, tuple(reasons)
+        )
 
-    mode = _mode(placement, size, nodes, reasons)
-    actors = _num_actors(placement, size, nodes, mode, reasons)
-    _check_memory(actors, size, nodes)
+    start = _start(placement, nodes, reasons)
+    cost = COSTS[start]
+    mode = _mode(placement, size, nodes, cost, reasons)
+    actors = _num_actors(placement, size, nodes, mode, cost, reasons)
+    _check_memory(actors, size, nodes, cost)
     num_gpus = _gpu_share(placement, actors, nodes, reasons)
-    num_cpus = _cpu_share(placement, actors, num_gpus, nodes)
+    num_cpus = _cpu_share(placement, actors, num_gpus, nodes, cost)
     stack = 1
     if mode == "packed":
         of_actor = -(-size.cohort_size // actors)
         stack = _stack_size(placement, size, of_actor, num_gpus, _gpu_bytes(nodes), reasons)
     _check_gpu_memory(num_gpus, stack, size, nodes)
-    memory = actors * ACTOR_BYTES + _round_bytes(size)
-    start = _start_s(actors, sum(node.num_cpus for node in nodes))
-    reserved = ACTOR_BYTES if len(nodes) > 1 else 0
-    return Plan(mode, actors, num_cpus, num_gpus, placement.threads, stack, reserved, memory, start, tuple(reasons))
+    memory = _memory_bytes(actors, size, cost)
+    start_s = _start_s(actors, sum(node.num_cpus for node in nodes), cost)
+    or_plain = _memory_bytes(actors, size, PLAIN) <= sum(node.memory_bytes for node in nodes)
+    reserved = cost.num_bytes if len(nodes) > 1 else 0
+    return Plan(
+        mode,
+        actors,
+        num_cpus,
+        num_gpus,
+        placement.threads,
+        start,
+        or_plain,
+        stack,
+        reserved,
+        memory,
+        start_s,
+        tuple(reasons),
+    )
 
 
-def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], reasons: list[str]) -> str:
+def _start(placement: PlacementConfig, nodes: tuple[Node, ...], reasons: list[str]) -> str:
+    """How actors start: forked where this is possible."""
+    obstacle = next((node.fork_obstacle for node in nodes if node.fork_obstacle), "")
+    if placement.start == "plain":
+        reasons.append("plain actors: as asked for")
+        return "plain"
+    if not obstacle:
+        reasons.append("forked actors: from a process that has torch loaded")
+        return "fork"
+    if placement.start == "fork":
+        raise PlanError(f'actors cannot be forked here: {obstacle}; set placement.start to "auto" or "plain"')
+    reasons.append(f"plain actors: they cannot be forked here ({obstacle})")
+    return "plain"
+
+
+def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], cost: Cost, reasons: list[str]) -> str:
     if placement.mode != "auto":
         reasons.append(f"{placement.mode}: as asked for")
         return placement.mode
@@ -122,9 +150,9 @@ def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], reaso
         reasons.append(f"packed: {placement.actors} actors as asked for")
         return "packed"
     clients, free = size.num_clients, sum(node.memory_bytes for node in nodes)
-    start_s = _start_s(clients, sum(node.num_cpus for node in nodes))
-    needed = clients * ACTOR_BYTES + _round_bytes(size)
-    most = _most(placement, nodes)
+    start_s = _start_s(clients, sum(node.num_cpus for node in nodes), cost)
+    needed = _memory_bytes(clients, size, cost)
+    most = _most(placement, nodes, cost)
     mode = "actor-per-client" if start_s < START_BUDGET_S and needed <= free / 2 and clients <= most else "packed"
     reasons.append(
         f"{mode}: an actor for each of {clients:,} clients would start in about {start_s:.0f} s "
@@ -134,8 +162,10 @@ def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], reaso
     return mode
 
 
-def _num_actors(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], mode: str, reasons: list[str]) -> int:
-    allowed = sum(_allowed(node) for node in nodes)
+def _num_actors(
+    placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], mode: str, cost: Cost, reasons: list[str]
+) -> int:
+    most = sum(allowed(node, cost) for node in nodes)
     if mode == "actor-per-client":
         actors = size.num_clients
         if placement.actors not in ("auto", actors):
@@ -144,27 +174,27 @@ def _num_actors(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...],
                 'leave it at "auto", or set placement.mode=packed'
             )
     elif placement.actors == "auto":
-        cores = sum(min(int(node.num_cpus), _room(0, 0, (node,))) for node in nodes)
-        actors = max(1, min(cores, size.cohort_size, _most(placement, nodes)))
+        cores = sum(min(int(node.num_cpus), room(0, 0, (node,), cost)) for node in nodes)
+        actors = max(1, min(cores, size.cohort_size, _most(placement, nodes, cost)))
         reasons.append(f"{actors} actors: one a core, and no more than fit or than the {size.cohort_size:,} of a round")
     else:
         actors = min(placement.actors, size.num_clients)
         if actors < placement.actors:
             reasons.append(f"{actors} actors: no more than there are clients")
-    if actors > max(1, allowed):
+    if actors > max(1, most):
         raise PlanError(
-            f"{actors:,} actors need about {BASE_THREADS + actors * ACTOR_THREADS:,} threads and "
-            f"{BASE_FILES + actors * ACTOR_FILES:,} open files; the limits (ulimit -u, ulimit -n) allow {allowed:,} "
+            f"{actors:,} actors need about {BASE_THREADS + actors * cost.threads:,} threads and "
+            f"{BASE_FILES + actors * cost.files:,} open files; the limits (ulimit -u, ulimit -n) allow {most:,} "
             "actors: raise them, or set placement.mode=packed or fewer placement.actors"
         )
     return actors
 
 
-def _check_memory(actors: int, size: Size, nodes: tuple[Node, ...]) -> None:
-    free, memory = sum(node.memory_bytes for node in nodes), actors * ACTOR_BYTES + _round_bytes(size)
-    if memory > free or actors > sum(node.memory_bytes // ACTOR_BYTES for node in nodes):
+def _check_memory(actors: int, size: Size, nodes: tuple[Node, ...], cost: Cost) -> None:
+    free, memory = sum(node.memory_bytes for node in nodes), _memory_bytes(actors, size, cost)
+    if memory > free or actors > sum(node.memory_bytes // cost.num_bytes for node in nodes):
         raise PlanError(
-            f"{actors:,} actors need about {_gb(memory)} of memory ({_gb(ACTOR_BYTES)} each), but {_gb(free)} are "
+            f"{actors:,} actors need about {_gb(memory)} of memory ({_gb(cost.num_bytes)} each), but {_gb(free)} are "
             "free; set placement.mode=packed or fewer placement.actors"
         )
 
@@ -199,25 +229,16 @@ def _round_bytes(size: Size) -> int:
     return size.cohort_size * size.model_bytes  # the matrix [K, D] of a round
 
 
-def _most(placement: PlacementConfig, nodes: tuple[Node, ...]) -> int:
+def _memory_bytes(actors: int, size: Size, cost: Cost) -> int:
+    """Of all actors, of what they are forked from, and of a round."""
+    return actors * cost.num_bytes + (0 if cost is PLAIN else FORK_SERVER_BYTES) + _round_bytes(size)
+
+
+def _most(placement: PlacementConfig, nodes: tuple[Node, ...], cost: Cost) -> int:
     """How many actors of the asked share fit, within all limits of each node."""
     cpus = 0.0 if placement.num_cpus == "auto" else placement.num_cpus
     gpus = 0.0 if placement.num_gpus == "auto" else placement.num_gpus
-    return _room(cpus, gpus, nodes)
-
-
-def _room(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...]) -> int:
-    """As `capacity`, within the memory and the limits of each node."""
-    return sum(
-        min(capacity(num_cpus, num_gpus, (node,)), node.memory_bytes // ACTOR_BYTES, max(1, _allowed(node)))
-        for node in nodes
-    )
-
-
-def _allowed(node: Node) -> int:
-    """How many actors the system's limits allow on a node."""
-    by_threads = (node.max_threads - BASE_THREADS) // ACTOR_THREADS
-    return max(0, min(by_threads, (node.max_files - BASE_FILES) // ACTOR_FILES))
+    return room(cpus, gpus, nodes, cost)
 
 
 def _gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...], reasons: list[str]) -> float:
@@ -235,16 +256,16 @@ def _gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...],
     return placement.num_gpus
 
 
-def _cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: tuple[Node, ...]) -> float:
+def _cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: tuple[Node, ...], cost: Cost) -> float:
     # the largest share, up to one core, of which enough fit, node by node
     shares = {_floor(min(1.0, node.num_cpus / k)) for node in nodes for k in range(1, actors + 1)}
-    best = max((s for s in shares if s > 0 and _room(s, num_gpus, nodes) >= actors), default=0.0)
+    best = max((s for s in shares if s > 0 and room(s, num_gpus, nodes, cost) >= actors), default=0.0)
     cpus = " + ".join(f"{node.num_cpus:g}" for node in nodes)
     if placement.num_cpus == "auto":
         if not best:
             raise PlanError(f"{actors} actors do not fit {cpus} CPUs: Ray's smallest share is 0.0001; set fewer actors")
         return best
-    if _room(placement.num_cpus, num_gpus, nodes) < actors:
+    if room(placement.num_cpus, num_gpus, nodes, cost) < actors:
         raise PlanError(
             f"{actors} actors of {placement.num_cpus:g} CPU each need {actors * placement.num_cpus:g} CPUs, "
             f"but there are {cpus}; at most {best:g} each"
@@ -252,34 +273,17 @@ def _cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: 
     return placement.num_cpus
 
 
-def capacity(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...]) -> int:
-    """How many actors of this size fit, node by node, in Ray's own units."""
-    cpu, gpu = round(num_cpus * _UNITS), round(num_gpus * _UNITS)
-    total = 0
-    for node in nodes:
-        by_cpu = round(node.num_cpus * _UNITS) // cpu if cpu else 10**9
-        if gpu == 0:
-            by_gpu = 10**9
-        elif gpu <= _UNITS:  # a fraction lies on one device
-            whole, part = divmod(round(node.num_gpus * _UNITS), _UNITS)  # a part: what others have left of one
-            by_gpu = whole * (_UNITS // gpu) + part // gpu
-        else:
-            by_gpu = round(node.num_gpus * _UNITS) // gpu
-        total += min(by_cpu, by_gpu)
-    return total
-
-
 def _gpu_bytes(nodes: tuple[Node, ...]) -> int:
     """Memory of the smallest GPU that is known of; 0 for none."""
     return min((node.gpu_memory_bytes for node in nodes if node.gpu_memory_bytes), default=0)
 
 
-def _start_s(actors: int, cpus: float) -> float:
-    return actors * ACTOR_START_CORE_S / max(1.0, min(cpus, actors))
+def _start_s(actors: int, cpus: float, cost: Cost) -> float:
+    return actors * cost.start_core_s / max(1.0, min(cpus, actors))
 
 
 def _floor(share: float) -> float:
-    return int(share * _UNITS + 1e-9) / _UNITS
+    return int(share * UNITS + 1e-9) / UNITS
 
 
 def _gb(num_bytes: float) -> str:

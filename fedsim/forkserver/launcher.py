@@ -1,0 +1,55 @@
+"""What Ray starts as a worker: asks the fork server for a child in its place, and turns into a plain worker otherwise.
+
+It runs by itself, not as a part of the package, hundreds of times at once: so it imports next to nothing.
+"""
+
+import _socket
+import array
+import os
+import sys
+
+_PATIENCE_S = 8.0  # for a server that does not answer
+
+
+def main() -> None:
+    """Ends when a forked child is known to Ray; else becomes Ray's own worker."""
+    if _is_replaced(os.environ["FEDSIM_FORK_SERVER"]):
+        return
+    if "FEDSIM_OR_PLAIN" not in os.environ:
+        sys.exit("fedsim: the fork server gave no worker, and plain ones do not fit this machine")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDSIM_")}
+    flags = ["-s"] if sys.flags.no_user_site else []  # as Ray would; the -S is this script's
+    os.execve(sys.executable, [sys.executable, *flags, os.environ["FEDSIM_WORKER"], *sys.argv[1:]], environment)
+
+
+def _is_replaced(address: str) -> bool:
+    """Whether a child of the server has taken the place of this process."""
+    server = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    server.settimeout(_PATIENCE_S)
+    try:
+        server.connect(address)
+        standard = array.array("i", [0, 1, 2])  # the rest of this process is for the server to see in /proc
+        server.sendmsg([b"?"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, standard)])
+        if server.recv(1) != b"f":  # forked
+            return False
+        server.settimeout(None)
+        if server.recv(1) != b"r":  # registered; from the child itself
+            return False
+        server.send(b"d")  # done: from here on, the child lives without this process
+    except TimeoutError:
+        _remove(address)  # so that others need not wait as long
+        return False
+    except OSError:
+        return False
+    return True
+
+
+def _remove(address: str) -> None:
+    try:  # noqa: SIM105 - see above
+        os.unlink(address)  # noqa: PTH108 - see above
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    main()

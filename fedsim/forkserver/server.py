@@ -1,0 +1,270 @@
+"""The process that has torch loaded and forks: one thread, no thread pool, no CUDA, no gRPC.
+
+It imports Ray only when it is first asked for a worker, with that worker's environment: Ray's library reads its
+settings when it is loaded, and keeps them. Workers with other settings are not forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsim.forkserver import LAUNCHER
+
+_BEFORE = ("pyarrow", "fedsim.client")
+"""Imported before anybody asks."""
+_WITH_RAY = (
+    "ray._private.workers.default_worker",
+    "ray._common.usage.usage_lib",
+    "ray._private.arrow_serialization",
+    "fedsim.actors.ray_pool",
+)
+"""Imported for the first worker: what each would import by itself."""
+_TEST_S = 10.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A launcher, and all in which its worker is to be like it."""
+
+    launcher: socket.socket
+    standard: tuple[int, ...]
+    """Its standard input, output and error."""
+    arguments: list[str]
+    environment: dict[bytes, bytes]
+    folder: str
+    group: int
+    oom_score: str
+
+    @property
+    def settings(self) -> dict[bytes, bytes]:
+        """What Ray's library reads when it is loaded."""
+        return {name: value for name, value in self.environment.items() if name.startswith(b"RAY_")}
+
+
+def main(address: str, driver: int) -> None:
+    """Serves until the driver or its Ray ends; returns only in a forked process, when its work is done.
+
+    Args:
+        address: path of the socket to listen at, alone in its folder.
+        driver: process ID of the driver, which started this process.
+    """
+    server, pid = _Server(address, driver), os.getpid()
+    _test()
+    print("ready", flush=True)
+    _turn_into_worker(server.serve(), pid)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    """Imports for all children to come, and keeps the garbage collector from writing into what they share.
+
+    Raises:
+        RuntimeError: this started threads, which a fork would lack.
+    """
+    for name in modules:
+        importlib.import_module(name)
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    if threads > 1:
+        raise RuntimeError(f"{threads} threads run after importing {', '.join(modules)}: it cannot be forked")
+    gc.collect()
+    gc.freeze()
+
+
+def _test() -> None:
+    """Lets a child take a training step.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    _import(_BEFORE)
+    child = os.fork()
+    if child == 0:
+        import torch
+
+        from fedsim.fingerprint import fingerprint
+
+        fingerprint(torch.device("cpu"))
+        os._exit(0)
+    end = time.monotonic() + _TEST_S
+    while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+            raise RuntimeError(f"a forked process hung for {_TEST_S:g} s")
+        time.sleep(0.005)
+    if found[1] != 0:
+        raise RuntimeError(f"a forked process failed with exit code {os.waitstatus_to_exitcode(found[1])}")
+
+
+class _Server:
+    """See `main` for the arguments."""
+
+    def __init__(self, address: str, driver: int) -> None:
+        self._folder = Path(address).parent
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(address)
+        self._listener.listen(1024)
+        self._signals, self._signals_in = socket.socketpair()
+        self._signals_in.setblocking(False)
+        signal.set_wakeup_fd(self._signals_in.fileno())
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: None)  # read from the socket
+        self._selector = selectors.DefaultSelector()
+        self._watched: list[int] = []  # processes whose end is the server's
+        self._watch(driver)
+        if os.getppid() != driver:  # it has ended already
+            self._end()
+        self._selector.register(self._listener, selectors.EVENT_READ, self._answer)
+        self._selector.register(self._signals, selectors.EVENT_READ, self._take_signals)
+        self._children: set[int] = set()
+        self._launchers: dict[int, socket.socket] = {}  # of children that Ray does not know yet
+        self._settings: dict[bytes, bytes] | None = None  # of the Ray that has been imported
+
+    def serve(self) -> _Request:
+        """Forks on request; returns, in each child, the request."""
+        while True:
+            for key, _ in self._selector.select():
+                request: _Request | None = key.data()
+                if request is not None:
+                    return request
+
+    def _watch(self, pid: int) -> None:
+        self._watched.append(os.pidfd_open(pid))
+        self._selector.register(self._watched[-1], selectors.EVENT_READ, self._end)
+
+    def _end(self) -> None:
+        """Ends the children and this process, and leaves no file behind."""
+        for child in self._children:
+            os.kill(child, signal.SIGKILL)
+        for child in self._children:
+            os.waitpid(child, 0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os._exit(0)
+
+    def _answer(self) -> _Request | None:
+        launcher, _ = self._listener.accept()
+        request = _receive(launcher)
+        if request is None or not self._has_its_ray(request):
+            launcher.close()
+            return None
+        child = os.fork()
+        if child == 0:
+            self._let_go()
+            return request
+        for file in request.standard:
+            os.close(file)
+        self._children.add(child)
+        self._launchers[child] = launcher
+        self._selector.register(launcher, selectors.EVENT_READ, lambda: self._take_leave(child))
+        with contextlib.suppress(OSError):
+            launcher.send(b"f")
+        return None
+
+    def _has_its_ray(self, request: _Request) -> bool:
+        """Whether Ray is loaded with the settings of the request; the first one decides them."""
+        if self._settings is None:
+            self._settings = request.settings
+            os.environb.clear()
+            os.environb.update(request.environment)
+            _import(_WITH_RAY)
+            self._watch(int(self._settings[b"RAY_RAYLET_PID"]))
+        return request.settings == self._settings
+
+    def _take_leave(self, child: int) -> None:
+        """A launcher ends: its child is known to Ray, or must go too."""
+        if child not in self._launchers:  # its child has just ended, too
+            return
+        launcher = self._forget_launcher(child)
+        said = b""
+        with contextlib.suppress(OSError):
+            said = launcher.recv(1)
+        launcher.close()
+        if said != b"d":
+            os.kill(child, signal.SIGKILL)
+
+    def _take_signals(self) -> None:
+        if signal.SIGTERM in self._signals.recv(4096):
+            self._end()
+        while self._children and (child := os.waitpid(-1, os.WNOHANG)[0]):
+            self._children.remove(child)
+            if child in self._launchers:
+                self._forget_launcher(child).close()  # it will be a plain worker
+
+    def _forget_launcher(self, child: int) -> socket.socket:
+        launcher = self._launchers.pop(child)
+        self._selector.unregister(launcher)
+        return launcher
+
+    def _let_go(self) -> None:
+        """Gives up, in a child, what is the server's."""
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        self._selector.close()
+        for end in (self._listener, self._signals, self._signals_in, *self._launchers.values()):
+            end.close()
+        for file in self._watched:
+            os.close(file)
+
+
+def _receive(launcher: socket.socket) -> _Request | None:
+    """What a launcher asks for; None if it is gone, or is another user's."""
+    launcher.settimeout(1.0)
+    with contextlib.suppress(OSError, ValueError):
+        credentials = launcher.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, user, _ = struct.unpack("3i", credentials)
+        if user != os.getuid():
+            return None
+        _, standard, _, _ = socket.recv_fds(launcher, 1, 3)
+        if len(standard) != 3:
+            return None
+        process = Path(f"/proc/{pid}")
+        arguments = [os.fsdecode(word) for word in (process / "cmdline").read_bytes().split(b"\0")[:-1]]
+        pairs = [pair.partition(b"=") for pair in (process / "environ").read_bytes().split(b"\0")[:-1]]
+        return _Request(
+            launcher,
+            tuple(standard),
+            arguments[arguments.index(str(LAUNCHER)) + 1 :],
+            {name: value for name, _, value in pairs},
+            str((process / "cwd").readlink()),
+            os.getpgid(pid),
+            (process / "oom_score_adj").read_text(),
+        )
+    return None
+
+
+def _turn_into_worker(request: _Request, server: int) -> None:
+    """Gives this process, a child of the server, everything that Ray's worker would have."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:  # it ended before it could be bound to it
+        os._exit(1)
+    try:
+        os.setpgid(0, request.group)  # Ray ends a worker with its group
+    except OSError:
+        os.setpgid(0, 0)
+    Path("/proc/self/oom_score_adj").write_text(request.oom_score)
+    for number, file in enumerate(request.standard):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(request.folder)
+    worker = os.fsdecode(request.environment[b"FEDSIM_WORKER"])
+    os.environb.clear()
+    os.environb.update({k: v for k, v in request.environment.items() if not k.startswith(b"FEDSIM_")})
+    os.environ["FEDSIM_FORKED"] = "1"
+    os.environ["FEDSIM_LAUNCHER"] = str(request.launcher.detach())
+    sys.argv = [worker, *request.arguments]
+    sys.path.insert(0, os.path.dirname(worker))  # noqa: PTH120
