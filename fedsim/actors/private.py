@@ -18,6 +18,7 @@ import psutil
 import ray
 from ray._private import node as ray_node
 from ray._private import parameter, ray_constants, services, utils
+from ray._private import worker as ray_worker
 
 from fedsim.forkserver import LAUNCHER, ForkServer, is_supported
 from fedsim.placement import Plan
@@ -54,6 +55,12 @@ def fork_obstacle() -> str:
     return _running.fork_server.obstacle() if _running.fork_server else "this Ray was started for plain actors"
 
 
+def fork_failure() -> str:
+    """Why no actors start any more: they can be neither forked nor, as too many, plain; "" as long as they do."""
+    server = _running.fork_server if _running else None
+    return "" if server is None or server.or_plain or server.is_serving() else server.obstacle()
+
+
 def test_fork() -> str:
     """As `fork_obstacle`, before there is a Ray: tries a fork server for a moment."""
     found = fork_obstacle()
@@ -84,7 +91,7 @@ def private_ray(plan: Plan, store_bytes: int, meanwhile: Callable[[], object], *
         stack.callback(ray.shutdown)
         with (
             signals_held(),
-            _environment(plan, server),
+            _environment(server),
             _on_loopback(),
             _launched(server),
             _lean_start(meanwhile, debug),
@@ -99,9 +106,16 @@ def private_ray(plan: Plan, store_bytes: int, meanwhile: Callable[[], object], *
             )
         _running = _PrivateRay(free_bytes, server)
         try:
-            yield
+            with _replaced(ray_worker, "print_to_stdstream", partial(_show, ray_worker.print_to_stdstream)):
+                yield
         finally:
             _running = None
+
+
+def _show(original: Callable[..., None], message: dict[str, Any], *arguments: Any, **named: Any) -> None:
+    """What Ray has to say, except how many actors there are: it says so again for every few that start."""
+    if not any("worker processes have been started" in line for line in message.get("lines", ())):
+        original(message, *arguments, **named)
 
 
 def _worker_script() -> Path:
@@ -133,16 +147,16 @@ def signals_held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _environment(plan: Plan, server: ForkServer | None) -> Iterator[None]:
+def _environment(server: ForkServer | None) -> Iterator[None]:
     """What a private Ray's own processes are started with; this process is left as it was."""
-    at_once = math.ceil(plan.num_actors / 3)  # Ray warns, again and again, of four times as many
     settings = {
         "RAY_worker_niceness": "0",  # the clients are the work, not a background job
-        "RAY_worker_maximum_startup_concurrency": str(max(at_once, os.cpu_count() or 1)),
         "RAY_preload_python_modules": "fedsim.client",  # torch: workers import it before they are asked for
     }
     if server:
         settings |= {
+            # a child waits for others more than it works, and more than these would keep the server from its turn
+            "RAY_worker_maximum_startup_concurrency": str(4 * (os.cpu_count() or 1)),
             "RAY_prestart_worker_first_driver": "0",  # these would have other settings than those for actors
             "RAY_preload_python_modules": "fedsim.client,fedsim.forkserver.registered",
             **server.environment,

@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from fedsim.actors import FitResult, PoolInfo
 from fedsim.actors.connection import is_on_one_machine
+from fedsim.actors.private import fork_failure
 from fedsim.actors.slab import Slab, SlabAddress
 from fedsim.client import (
     ClientHost,
@@ -37,6 +38,8 @@ _Arrays = tuple[Any, np.ndarray]
 
 _IN_SLAB = np.empty(0, np.float32)
 """Stands for the values of an update that are in the slab."""
+
+_LOOK_S = 2.0  # without an answer, until it is looked whether one can come
 
 _ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -242,7 +245,10 @@ class RayPool:
         """Takes the answers as they come; a dead actor's work is done again."""
         answers = []
         while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1)
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK_S)
+            if not ready:
+                _check_start()
+                continue
             call = pending.pop(ready[0])
             try:
                 answers.append((call, ray.get(ready[0])))
@@ -267,6 +273,16 @@ class RayPool:
         self._actors[actor] = self._start()
         if load:  # calls to one actor are answered in order: no need to wait
             self._submit(_Call(actor, "load", self._load_arguments))
+
+
+def _check_start() -> None:
+    """Raises an error where actors that are to start never will."""
+    failure = fork_failure()
+    if failure:
+        raise RunFailedError(
+            f"actors cannot be forked any more ({failure}), and as many plain ones do not fit the machine; "
+            "start again, or set placement.mode=packed"
+        )
 
 
 def _common_info(infos: list[HostInfo]) -> PoolInfo:

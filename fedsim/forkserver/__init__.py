@@ -51,8 +51,10 @@ class ForkServer:
     """
 
     def __init__(self, worker: Path, *, or_plain: bool = True) -> None:
+        self.or_plain = or_plain
         self._folder = Path(tempfile.mkdtemp(prefix="fedsim-"))  # for this user only
-        address = str(self._folder / "socket")
+        self._socket = self._folder / "socket"
+        address = str(self._socket)
         self.environment = {"FEDSIM_FORK_SERVER": address, "FEDSIM_WORKER": str(worker)}
         if or_plain:
             self.environment["FEDSIM_OR_PLAIN"] = "1"
@@ -74,16 +76,18 @@ class ForkServer:
         self._output = self._process.stdout
 
     def obstacle(self, timeout_s: float = 30.0) -> str:
-        """What keeps it from forking, as its test of itself showed; "" if nothing does. Waits for the test."""
+        """What keeps it from forking, as its test of itself or later events showed; "" if nothing. Waits for the test."""
         if self._is_ready is None:
             self._is_ready = self._read(timeout_s)
-        if not self._is_ready and self.is_alive():
+        if self._process.poll() is not None:
+            return self._last_words()
+        if not self._is_ready:
             return f"its test of itself took more than {timeout_s:g} s"
-        return "" if self._is_ready and self.is_alive() else self._last_words()
+        return "" if self.is_serving() else "the fork server did not answer in time"
 
-    def is_alive(self) -> bool:
-        """Whether there is still a process that can fork."""
-        return self._process.poll() is None
+    def is_serving(self) -> bool:
+        """Whether it can be asked: it is there, and no launcher has waited for it in vain."""
+        return self._process.poll() is None and self._socket.exists()
 
     def close(self) -> None:
         """Ends the server and all its children."""
@@ -108,6 +112,9 @@ class ForkServer:
 
     def _last_words(self) -> str:
         """The last line of an error in the server, as Python prints it."""
-        self._is_ready = self._read(0)
+        self._read(0)
         lines = self._said.decode(errors="replace").replace("ready\n", "").split("\n")
-        return next((line for line in reversed(lines) if line.strip()), f"it was ended ({self._process.returncode})")
+        return next(
+            (line for line in reversed(lines) if line.strip()),
+            f"the fork server was ended ({self._process.returncode})",
+        )
