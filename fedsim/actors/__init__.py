@@ -1,6 +1,6 @@
 """Where clients are hosted: a pool of Ray actors, or this process. Both have the interface `Pool`.
 
-Only `private`, `connection` and `ray_pool` import ray, and they are imported only when a plan asks for it.
+Only `private`, `connection`, `host` and `ray_pool` import ray, and they are imported only when a plan asks for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class PoolInfo:
     device: str
     fingerprint: str
     """Of the arithmetic: equal on all actors."""
+    num_forked: int = 0
+    """Of its actors, those that were forked from a process that had torch loaded."""
 
 
 @dataclass(frozen=True)

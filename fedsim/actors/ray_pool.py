@@ -8,82 +8,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from fedsim.actors import FitResult, PoolInfo
 from fedsim.actors.connection import is_on_one_machine
+from fedsim.actors.host import Handle, Loaded
 from fedsim.actors.private import fork_failure
-from fedsim.actors.slab import Slab, SlabAddress
-from fedsim.client import (
-    ClientHost,
-    ClientSpec,
-    ClientUpdate,
-    FitTask,
-    HostInfo,
-    evaluation_chunks,
-    total,
-)
+from fedsim.actors.slab import Slab
+from fedsim.client import ClientSpec, ClientUpdate, FitTask, HostInfo, evaluation_chunks, total
 from fedsim.datasets import Dataset
 from fedsim.errors import FedsimError, RunFailedError
-from fedsim.numerics import set_numerics
 from fedsim.partition import Partition
 from fedsim.placement import Plan
 from fedsim.training import Evaluation
 from fedsim.weights import Weights
 
-_Arrays = tuple[Any, np.ndarray]
-"""Weights [D], or None where they are in the slab and the updates shall be, and integers [I]."""
-
-_IN_SLAB = np.empty(0, np.float32)
-"""Stands for the values of an update that are in the slab."""
-
+_MANY = 32  # actors: so many take a tenth of a core when they have nothing to do
 _LOOK_S = 2.0  # without an answer, until it is looked whether one can come
 
 _ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class _HostActor:
-    """A `ClientHost` inside a Ray actor, on the device Ray gave it.
-
-    It has no constructor: what goes wrong in one looks like a dead actor, in a method like the bug that it is.
-    """
-
-    def load(
-        self, spec: ClientSpec, num_gpus: float, dataset: Dataset, partition: Partition, address: SlabAddress | None
-    ) -> tuple[HostInfo, bool]:
-        set_numerics(spec.threads)
-        self.slab: Slab | None = None
-        with contextlib.suppress(OSError, ValueError):
-            self.slab = Slab(address) if address else None
-        self.host = ClientHost(spec, _assigned_device(num_gpus))
-        return self.host.load(dataset, partition), self.slab is not None
-
-    def fit(self, arrays: _Arrays, tasks: list[FitTask], rows: list[int]) -> list[ClientUpdate]:
-        if arrays[0] is not None:
-            return self.host.fit(self._weights(arrays), tasks)
-        assert self.slab is not None, "weights are in the slab only where all actors reach it"
-        updates = self.host.fit(self._weights(arrays), tasks, [self.slab.updates[row] for row in rows])
-        return [replace(update, update=_IN_SLAB) for update in updates]
-
-    def evaluate(self, arrays: _Arrays, round: int, chunks: list[tuple[int, int]]) -> list[Evaluation]:
-        return self.host.evaluate(round, self._weights(arrays), chunks)
-
-    def _weights(self, arrays: _Arrays) -> Weights:
-        flat, integers = arrays
-        return Weights.of_arrays((self.slab.weights if self.slab and flat is None else flat, integers))
-
-
-def _assigned_device(num_gpus: float) -> str:
-    """The device from Ray's own accelerator ids: a CPU actor sees the machine's GPUs too, but must leave them alone."""
-    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
-        return "cpu"
-    import torch
-
-    if num_gpus < 1:  # Ray's fraction does not limit memory; this does
-        torch.cuda.set_per_process_memory_fraction(num_gpus)
-    return "cuda"
 
 
 @dataclass(frozen=True)
@@ -94,8 +38,8 @@ class _Call:
     method: str
     arguments: tuple[Any, ...]
     attempt: int = 1
-    handle: Any = None
-    """Of the actor that it was made on: another one may have taken its number since."""
+    handle: Handle | None = None
+    """The actor that it was made on: another one may have taken its number since."""
 
 
 _Pending = dict[Any, _Call]
@@ -132,18 +76,19 @@ class RayPool:
         self._chunks = evaluation_chunks(dataset)
         self._num_examples = partition.num_examples
         self._weights: tuple[Weights, Any] | None = None
-        self._actors: list[Any] = []
+        self._actors: list[Handle] = []
         self._begun: tuple[tuple[int, Weights, list[int]], _Pending] | None = None
-        self._slab = Slab.create(cohort_size, weights) if is_on_one_machine() else None
+        is_near = is_on_one_machine()
+        self._slab = Slab.create(cohort_size, weights) if is_near else None
+        self._do_rest = is_near and plan.num_actors >= _MANY
         try:
             self._actors = [self._start() for _ in range(plan.num_actors)]
             address = self._slab.address if self._slab else None
             self._load_arguments = (ray.put(spec), plan.num_gpus, ray.put(dataset), ray.put(partition), address)
-            calls = [_Call(actor, "load", self._load_arguments) for actor in range(plan.num_actors)]
-            answers = self._finish(self._begin(calls))
-            infos, attached = zip(*(cast(tuple[HostInfo, bool], answer) for _, answer in answers), strict=True)
-            self.info = _common_info(list(infos))
-            if not all(attached):
+            calls = [self._load(actor) for actor in range(plan.num_actors)]
+            loaded = [cast(Loaded, answer) for _, answer in self._finish(self._begin(calls))]
+            self.info = _common_info([each.host for each in loaded], sum(each.is_forked for each in loaded))
+            if not all(each.has_slab for each in loaded):
                 self._drop_slab()
         except BaseException:
             self.close()
@@ -179,15 +124,18 @@ class RayPool:
         """See `Pool.close`."""
         self._weights = None
         for actor in self._actors:
-            ray.kill(actor)
+            actor.kill()
         self._actors = []
         self._drop_slab()
 
-    def _start(self) -> Any:
+    def _start(self) -> Handle:
         options = {"num_cpus": self._plan.num_cpus, "num_gpus": self._plan.num_gpus, "max_restarts": 0}
         if self._plan.actor_bytes:
             options["memory"] = self._plan.actor_bytes
-        return ray.remote(**options)(_HostActor).remote()
+        return Handle(options, rests=self._do_rest)
+
+    def _load(self, actor: int) -> _Call:
+        return _Call(actor, "load", (*self._load_arguments, self._actors[actor].bell))
 
     def _put(self, weights: Weights) -> Any:
         """Hands the weights out once; the evaluation of a round and the next round's training share them."""
@@ -259,20 +207,21 @@ class RayPool:
                     if call.attempt > self._max_retries:
                         raise RunFailedError(_exhausted(call, error)) from error
                     self._restart(call.actor, load=call.method != "load")
-                    call = replace(call, attempt=call.attempt + 1)
+                    made = self._load(call.actor) if call.method == "load" else call
+                    call = replace(made, attempt=call.attempt + 1)
                 pending.update([self._submit(call)])
         return answers
 
     def _submit(self, call: _Call) -> tuple[ray.ObjectRef, _Call]:
         """Makes a call; its answer to come, and the call with the actor it was made on."""
         handle = self._actors[call.actor]
-        return getattr(handle, call.method).remote(*call.arguments), replace(call, handle=handle)
+        return handle.call(call.method, *call.arguments), replace(call, handle=handle)
 
     def _restart(self, actor: int, *, load: bool) -> None:
-        ray.kill(self._actors[actor])
+        self._actors[actor].kill()
         self._actors[actor] = self._start()
         if load:  # calls to one actor are answered in order: no need to wait
-            self._submit(_Call(actor, "load", self._load_arguments))
+            self._submit(self._load(actor))
 
 
 def _check_start() -> None:
@@ -285,14 +234,14 @@ def _check_start() -> None:
         )
 
 
-def _common_info(infos: list[HostInfo]) -> PoolInfo:
+def _common_info(infos: list[HostInfo], num_forked: int) -> PoolInfo:
     fingerprints = {info.fingerprint: info.node for info in infos}
     if len(fingerprints) > 1:
         named = ", ".join(f"{node}: {fingerprint}" for fingerprint, node in fingerprints.items())
         raise RunFailedError(
             f"the actors do not compute the same bits ({named}): different processors or packages; use equal nodes"
         )
-    return PoolInfo(infos[0].device, infos[0].fingerprint)
+    return PoolInfo(infos[0].device, infos[0].fingerprint, num_forked)
 
 
 def _own_error(error: RayTaskError) -> FedsimError:

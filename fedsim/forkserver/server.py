@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsim.forkserver import LAUNCHER
+from fedsim.forkserver.rehearsal import rehearse
 
 _BEFORE = ("pyarrow", "fedsim.client")
 """Imported before anybody asks."""
@@ -65,6 +66,8 @@ def main(address: str, driver: int) -> None:
     """
     server, pid = _Server(address, driver), os.getpid()
     _test()
+    rehearse()
+    _settle("a rehearsal")
     print("ready", flush=True)
     _turn_into_worker(server.serve(), pid)
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -78,9 +81,16 @@ def _import(modules: tuple[str, ...]) -> None:
     """
     for name in modules:
         importlib.import_module(name)
+    _settle(f"importing {', '.join(modules)}")
+
+
+def _settle(after: str) -> None:
+    """
+    Raises:
+    """
     threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
     if threads > 1:
-        raise RuntimeError(f"{threads} threads run after importing {', '.join(modules)}: it cannot be forked")
+        raise RuntimeError(f"{threads} threads run after {after}: it cannot be forked")
     gc.collect()
     gc.freeze()
 
@@ -94,11 +104,7 @@ def _test() -> None:
     _import(_BEFORE)
     child = os.fork()
     if child == 0:
-        import torch
-
-        from fedsim.fingerprint import fingerprint
-
-        fingerprint(torch.device("cpu"))
+        rehearse()
         os._exit(0)
     end = time.monotonic() + _TEST_S
     while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
