@@ -45,7 +45,7 @@ LAYERS = (
         "fingerprint",
     ),
     ("client", "placement.machine", "placement.costs", "placement.limits", "placement.plan", "placement", "resolution"),
-    ("forkserver", "forkserver.launcher", "forkserver.server", "forkserver.registered"),
+    ("forkserver", "forkserver.launcher", "forkserver.rehearsal", "forkserver.server", "forkserver.registered"),
     (
         "checkpoint",
         "results.writer",
@@ -55,7 +55,9 @@ LAYERS = (
         "actors.serial",
         "actors.private",
         "actors.connection",
+        "actors.bell",
         "actors.slab",
+        "actors.host",
         "actors.ray_pool",
     ),
     ("experiment",),

@@ -76,7 +76,7 @@ class ForkServer:
         self._output = self._process.stdout
 
     def obstacle(self, timeout_s: float = 30.0) -> str:
-        """What keeps it from forking, as its test of itself or later events showed; "" if nothing. Waits for the test."""
+        """What keeps it from forking, as its test of itself or later events showed, or "". Waits for the test."""
         if self._is_ready is None:
             self._is_ready = self._read(timeout_s)
         if self._process.poll() is not None:

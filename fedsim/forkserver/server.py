@@ -65,43 +65,42 @@ def main(address: str, driver: int) -> None:
         driver: process ID of the driver, which started this process.
     """
     server, pid = _Server(address, driver), os.getpid()
-    _test()
+    _import(_BEFORE)
     rehearse()
-    _settle("a rehearsal")
+    _settle()
+    _test()
     print("ready", flush=True)
     _turn_into_worker(server.serve(), pid)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _import(modules: tuple[str, ...]) -> None:
-    """Imports for all children to come, and keeps the garbage collector from writing into what they share.
-
-    Raises:
-        RuntimeError: this started threads, which a fork would lack.
-    """
+    """Imports for all children to come."""
     for name in modules:
         importlib.import_module(name)
-    _settle(f"importing {', '.join(modules)}")
+    _settle()
 
 
-def _settle(after: str) -> None:
-    """
+def _settle() -> None:
+    """Keeps the garbage collector from writing into what children will share.
+
     Raises:
+        RuntimeError: threads run, which a fork would lack.
     """
-    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
-    if threads > 1:
-        raise RuntimeError(f"{threads} threads run after {after}: it cannot be forked")
+    tasks = Path("/proc/self/task").iterdir()
+    threads = [(task / "comm").read_text().strip() for task in tasks]
+    if len(threads) > 1:
+        raise RuntimeError(f"threads run in it, which no fork would have: {', '.join(threads)}")
     gc.collect()
     gc.freeze()
 
 
 def _test() -> None:
-    """Lets a child take a training step.
+    """Lets a child train.
 
     Raises:
         RuntimeError: it failed.
     """
-    _import(_BEFORE)
     child = os.fork()
     if child == 0:
         rehearse()
