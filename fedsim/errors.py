@@ -7,6 +7,10 @@ All of them survive pickling, so that an actor can raise one and the driver sees
 from __future__ import annotations
 
 
+class FedsimWarning(UserWarning):
+    """Something is not as it was planned; results are not concerned."""
+
+
 class FedsimError(Exception):
     """Base of all fedsim errors. `exit_code` is what the command line exits with."""
 

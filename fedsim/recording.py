@@ -131,7 +131,11 @@ class Recording:
         x, writer = self.experiment, self._writer
         with open_pool(x, self.plan) as pool:
             if writer:
-                writer.update(device=pool.info.device, numerics_fingerprint=pool.info.fingerprint)
+                writer.update(
+                    device=pool.info.device,
+                    numerics_fingerprint=pool.info.fingerprint,
+                    num_forked=pool.info.num_forked,
+                )
             for round in federated_averaging(x, pool):
                 self._last = round
                 if writer:

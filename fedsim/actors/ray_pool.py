@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -14,11 +15,11 @@ from ray.exceptions import RayError, RayTaskError
 from fedsim.actors import FitResult, PoolInfo
 from fedsim.actors.connection import is_on_one_machine
 from fedsim.actors.host import Handle, Loaded
-from fedsim.actors.private import fork_failure
+from fedsim.actors.private import fork_failure, fork_obstacle
 from fedsim.actors.slab import Slab
 from fedsim.client import ClientSpec, ClientUpdate, FitTask, HostInfo, evaluation_chunks, total
 from fedsim.datasets import Dataset
-from fedsim.errors import FedsimError, RunFailedError
+from fedsim.errors import FedsimError, FedsimWarning, RunFailedError
 from fedsim.partition import Partition
 from fedsim.placement import Plan
 from fedsim.training import Evaluation
@@ -90,6 +91,8 @@ class RayPool:
             self.info = _common_info([each.host for each in loaded], sum(each.is_forked for each in loaded))
             if not all(each.has_slab for each in loaded):
                 self._drop_slab()
+            if plan.start == "fork" and self.info.num_forked < plan.num_actors:
+                warnings.warn(_not_forked(plan.num_actors - self.info.num_forked), FedsimWarning, stacklevel=2)
         except BaseException:
             self.close()
             raise
@@ -232,6 +235,11 @@ def _check_start() -> None:
             f"actors cannot be forked any more ({failure}), and as many plain ones do not fit the machine; "
             "start again, or set placement.mode=packed"
         )
+
+
+def _not_forked(number: int) -> str:
+    reason = fork_obstacle() or "Ray started them with other settings"
+    return f"{number:,} actors could not be forked ({reason}): they started as plain ones, each with more memory"
 
 
 def _common_info(infos: list[HostInfo], num_forked: int) -> PoolInfo:

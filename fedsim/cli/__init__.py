@@ -9,9 +9,10 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tomli_w
 import typer
@@ -29,7 +30,7 @@ from fedsim.cli.options import (
     keys_help,
 )
 from fedsim.cli.terminal import console, count_rounds, with_progress
-from fedsim.errors import FedsimError
+from fedsim.errors import FedsimError, FedsimWarning
 from fedsim.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Prints the
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and exits with 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
     _interrupts.clear()
+    warnings.showwarning = _show_warning
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -197,6 +199,15 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(traceback.format_exc() if "--debug" in arguments else said, code)
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **named: Any) -> None:
+    """Those of fedsim as it says other things; a place in the code tells a person nothing."""
+    if issubclass(category, FedsimWarning):
+        sys.stderr.write(f"fedsim: {message}\n")
+    else:
+        _showwarning(message, category, *where, **named)
+
+
+_showwarning = warnings.showwarning
 _interrupts: list[int] = []  # signals so far: a library may swallow the exception while it is imported
 
 
@@ -220,7 +231,8 @@ def _plan_rows(made: Plan, engine: str) -> dict[str, str]:
     rows = {"engine": engine, "placement": made.mode}
     if made.num_actors:
         share = f"{made.num_cpus:g} CPU" + (f" and {made.num_gpus:g} GPU" if made.num_gpus else "")
-        rows["actors"] = f"{made.num_actors:,}, each with {share} and {made.threads} thread(s)"
+        started = "forked" if made.start == "fork" else "plain"
+        rows["actors"] = f"{made.num_actors:,} {started} ones, each with {share} and {made.threads} thread(s)"
         rows["start-up"] = f"about {made.start_s:.0f} s"
     rows["memory"] = f"about {made.memory_bytes / 1e9:.1f} GB" + ("" if made.num_actors else " of updates in a round")
     rows["because"] = "; ".join(made.reasons)
