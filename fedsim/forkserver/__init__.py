@@ -106,8 +106,11 @@ class ForkServer:
         while select.select([self._output], [], [], max(0.0, end - time.monotonic()))[0]:
             piece = os.read(self._output.fileno(), 4096)
             self._said += piece
-            if not piece or b"ready\n" in self._said:
-                return bool(piece)
+            if not piece:  # it ends
+                self._process.wait()
+                return False
+            if b"ready\n" in self._said:
+                return True
         return False
 
     def _last_words(self) -> str:

@@ -65,10 +65,14 @@ def main(address: str, driver: int) -> None:
         driver: process ID of the driver, which started this process.
     """
     server, pid = _Server(address, driver), os.getpid()
-    _import(_BEFORE)
-    rehearse()
-    _settle()
-    _test()
+    try:
+        _import(_BEFORE)
+        rehearse()
+        _settle()
+        _test()
+    except BaseException:
+        server.close()
+        raise
     print("ready", flush=True)
     _turn_into_worker(server.serve(), pid)
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -129,15 +133,15 @@ class _Server:
         for number in (signal.SIGCHLD, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)  # read from the socket
         self._selector = selectors.DefaultSelector()
-        self._watched: list[int] = []  # processes whose end is the server's
-        self._watch(driver)
-        if os.getppid() != driver:  # it has ended already
-            self._end()
         self._selector.register(self._listener, selectors.EVENT_READ, self._answer)
         self._selector.register(self._signals, selectors.EVENT_READ, self._take_signals)
         self._children: set[int] = set()
         self._launchers: dict[int, socket.socket] = {}  # of children that Ray does not know yet
         self._settings: dict[bytes, bytes] | None = None  # of the Ray that has been imported
+        self._watched: list[int] = []  # processes whose end is the server's
+        self._watch(driver)
+        if os.getppid() != driver:  # it has ended already
+            self._end()
 
     def serve(self) -> _Request:
         """Forks on request; returns, in each child, the request."""
@@ -147,17 +151,24 @@ class _Server:
                 if request is not None:
                     return request
 
+    def close(self) -> None:
+        """Leaves no file behind."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def _watch(self, pid: int) -> None:
-        self._watched.append(os.pidfd_open(pid))
+        try:
+            self._watched.append(os.pidfd_open(pid))
+        except ProcessLookupError:
+            self._end()
         self._selector.register(self._watched[-1], selectors.EVENT_READ, self._end)
 
     def _end(self) -> None:
-        """Ends the children and this process, and leaves no file behind."""
+        """Ends the children and this process."""
         for child in self._children:
             os.kill(child, signal.SIGKILL)
         for child in self._children:
             os.waitpid(child, 0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.close()
         os._exit(0)
 
     def _answer(self) -> _Request | None:
