@@ -17,7 +17,7 @@ import torch
 
 import fedsim
 from fedsim import weights as weights_module
-from fedsim.actors import connection, ray_pool
+from fedsim.actors import PoolInfo, connection, host, ray_pool
 from fedsim.actors.slab import Slab
 from fedsim.errors import ClientError, PlanError, RunFailedError
 from fedsim.experiment import prepare
@@ -276,10 +276,10 @@ def test_device_comes_from_rays_ids_not_from_what_torch_sees(shared_ray, monkeyp
     def context(ids):
         return lambda: type("Context", (), {"get_accelerator_ids": staticmethod(lambda: ids)})
 
-    monkeypatch.setattr(ray_pool.ray, "get_runtime_context", context({"GPU": []}))
-    assert ray_pool._assigned_device(0.0) == "cpu"
-    monkeypatch.setattr(ray_pool.ray, "get_runtime_context", context({"GPU": ["1"]}))
-    assert ray_pool._assigned_device(0.25) == "cuda"
+    monkeypatch.setattr(host.ray, "get_runtime_context", context({"GPU": []}))
+    assert host._assigned_device(0.0) == "cpu"
+    monkeypatch.setattr(host.ray, "get_runtime_context", context({"GPU": ["1"]}))
+    assert host._assigned_device(0.25) == "cuda"
     assert limits == [0.25]
 
 
@@ -290,9 +290,10 @@ before = dict(os.environ)
 listening = lambda: {(c.laddr.ip, c.pid) for c in psutil.net_connections("tcp") if c.status == "LISTEN"}
 old = listening()
 seen, pids = set(), set()
-services = ray._private.services, ray._private.node.Node, ray._private.parameter
+services = ray._private.services, ray._private.node.Node, ray._private.parameter, ray._private.worker
 private = [dict(vars(owner)) for owner in services]
-config = fedsim.preset("seed").override({"data.dataset": "synthetic", "training.local_epochs": 1})
+changes = {"data.dataset": "synthetic", "training.local_epochs": 1, "placement.start": sys.argv[1]}
+config = fedsim.preset("seed").override(changes)
 for record in fedsim.rounds(config):
     seen |= listening() - old
     pids |= {child.pid for child in psutil.Process().children(recursive=True)}
@@ -304,16 +305,18 @@ print(json.dumps([ips, len(seen), ray.is_initialized(), len(pids), len(gone), af
 """
 
 
-def test_a_private_ray_listens_on_loopback_only_and_leaves_nothing_behind():
+@pytest.mark.parametrize(("start", "own"), [("plain", 0), ("fork", 3)])
+def test_a_private_ray_listens_on_loopback_only_and_leaves_nothing_behind(start, own):
+    """With forked actors there are, for a moment, the fork server and two launchers, too."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     answer = subprocess.run(
-        [sys.executable, "-c", PRIVATE], capture_output=True, text=True, timeout=120, env=environment, check=True
+        [sys.executable, "-c", PRIVATE, start], capture_output=True, text=True, timeout=120, env=environment, check=True
     )
     ips, num_ports, is_initialized, num_processes, num_left, changed = json.loads(answer.stdout)
     assert num_ports >= 4  # the gcs server, the raylet, the workers
     assert set(ips) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     assert not is_initialized
-    assert 4 <= num_processes <= 6  # gcs server, raylet, its two agents, two workers: more would cost time
+    assert 4 <= num_processes <= 6 + own  # gcs server, raylet, its two agents, two workers: more would cost time
     assert num_left == 0
     assert set(changed) <= {"RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED"}  # Ray's own
 
@@ -400,12 +403,12 @@ def test_unequal_fingerprints_are_refused():
 
     infos = [HostInfo(1, "a", "cpu", "0123"), HostInfo(2, "b", "cpu", "4567")]
     with pytest.raises(RunFailedError, match=r"a: 0123, b: 4567"):
-        ray_pool._common_info(infos)
-    assert ray_pool._common_info(infos[:1]).fingerprint == "0123"
+        ray_pool._common_info(infos, 0)
+    assert ray_pool._common_info(infos[:1], 1) == PoolInfo("cpu", "0123", num_forked=1)
 
 
 def test_nodes_of_this_ray(shared_ray):
-    with connection.connect("local", 1, 0) as nodes:
+    with connection.connect("local", None, 0) as nodes:
         assert [node.num_cpus for node in nodes] == [4]
 
 

@@ -145,7 +145,7 @@ def test_the_door_is_for_users_only():
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("ray", {"actors.connection", "actors.ray_pool"}),
+        ("ray", {"actors.connection", "actors.private", "actors.host", "actors.ray_pool"}),
         ("torchvision", {name for name in MODULES if name.startswith("datasets")}),
         ("pyarrow", {name for name in MODULES if name.startswith("results")} | {"metrics"}),
         ("pandas", {name for name in MODULES if name.startswith("results")} | {"metrics"}),

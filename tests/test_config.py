@@ -339,7 +339,7 @@ WRONG = [  # key, value, what the message says is allowed
     ("placement.stack_size", 0, "greater than or equal to 1"),
     ("placement.threads", 0, "greater than or equal to 1"),
     ("placement.threads", 1025, "less than or equal to 1024"),
-    ("placement.start", "fork", "'auto' or 'plain'"),
+    ("placement.start", "spawn", "'auto', 'fork' or 'plain'"),
     ("placement.address", "", "at least 1 character"),
     ("placement.address", None, "string"),
     ("evaluation.every", 0, "greater than or equal to 1"),
