@@ -329,7 +329,12 @@ def test_the_callers_own_ray_gets_plain_actors(shared_ray):
 @pytest.mark.slow
 def test_starting_and_stopping_twenty_actors_thirty_times_leaves_nothing(tmp_path):
     answer = subprocess.run(
-        [sys.executable, "-c", CYCLES, "30"], capture_output=True, text=True, timeout=900, check=True, cwd=tmp_path
+        [sys.executable, "-c", CYCLES, "30"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     *cycles, left = [json.loads(line) for line in answer.stdout.splitlines()]
     assert [cycle["forked"] for cycle in cycles] == [20] * 30
@@ -351,7 +356,7 @@ from fedsim.launch import connect, open_pool
 config = fedsim.Config().override({"data.dataset": "synthetic", "clients.count": 20,
                                    "placement.mode": "actor-per-client", "placement.start": "fork"})
 x, me, seen = prepare(config), psutil.Process(), set()
-folders = lambda: {path.name for path in pathlib.Path("/tmp").glob("fedsim-*")}
+folders = lambda: {path.name for path in pathlib.Path(os.environ["TMPDIR"]).glob("fedsim-*")}
 shm = lambda: {path.name for path in pathlib.Path("/dev/shm").iterdir()}
 before = folders(), shm()
 for _ in range(int(sys.argv[1])):

@@ -269,20 +269,27 @@ def test_closing_ends_everything(world):
 
 def test_a_worker_that_fails_when_forked_is_started_again_as_a_plain_one(world):
     launcher = world.launch("one", "fail")
-    wait_until(lambda: (world.folder / "one.out").read_text().count("said by the worker") == 2)
+    wait_until(lambda: (world.folder / "one.out").read_text().count("said by the worker") == 3 + 1)
     assert world.seen("one").pid == launcher.pid
 
 
-def test_where_plain_workers_do_not_fit_none_is_started(tmp_path):
+@pytest.mark.parametrize("trouble", ["killed", "fail"])
+def test_where_plain_workers_do_not_fit_none_is_started_and_the_driver_can_know(tmp_path, trouble):
     world = World(tmp_path, or_plain=False)
     try:
         assert world.server.obstacle() == ""
-        os.kill(world.pid, signal.SIGKILL)
-        launcher = world.launch("one")
+        assert world.server.is_serving()
+        if trouble == "killed":
+            os.kill(world.pid, signal.SIGKILL)
+        launcher = world.launch("one", trouble)
         assert launcher.wait(10) == 1
-        said = (tmp_path / "one.out").read_text()
-        assert said == "fedsim: the fork server gave no worker, and plain ones do not fit this machine\n"
-        assert not (tmp_path / "one.json").exists()
+        *_, said = (tmp_path / "one.out").read_text().splitlines()
+        assert said == "fedsim: the fork server gave no worker, and plain ones do not fit this machine"
+        assert not world.server.is_serving()
+        assert world.server.obstacle() == {
+            "killed": "the fork server was ended (-9)",
+            "fail": "the fork server did not give a worker that it was asked for",
+        }.get(trouble)
     finally:
         world.close()
 
@@ -294,7 +301,7 @@ def test_a_server_that_hangs_costs_ten_seconds_once(world):
     launchers = [world.launch(name) for name in ("one", "two")]
     assert [world.seen(name).pid for name in ("one", "two")] == [launcher.pid for launcher in launchers]
     assert time.monotonic() - start < 10
-    assert world.server.obstacle() == "the fork server did not answer in time"
+    assert world.server.obstacle() == "the fork server did not give a worker that it was asked for"
     start = time.monotonic()
     launcher = world.launch("three")
     assert world.seen("three").pid == launcher.pid

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -43,8 +44,14 @@ class _Call:
     """The actor that it was made on: another one may have taken its number since."""
 
 
-_Pending = dict[Any, _Call]
-"""Calls that have been made, by their answers to come."""
+@dataclass(frozen=True)
+class _Work:
+    """Calls that belong together."""
+
+    made: dict[Any, _Call]
+    """By their answers to come."""
+    later: deque[_Call]
+    """Not made yet: as many wait as there is nobody to work on."""
 
 
 class RayPool:
@@ -76,11 +83,14 @@ class RayPool:
         self._plan, self._max_retries = plan, max_retries
         self._chunks = evaluation_chunks(dataset)
         self._num_examples = partition.num_examples
+        self._num_cpus = max(1, round(plan.num_actors * plan.num_cpus))  # of all actors together
         self._weights: tuple[Weights, Any] | None = None
         self._actors: list[Handle] = []
-        self._begun: tuple[tuple[int, Weights, list[int]], _Pending] | None = None
+        self._begun: tuple[tuple[int, Weights, list[int]], _Work] | None = None
         is_near = is_on_one_machine()
         self._slab = Slab.create(cohort_size, weights) if is_near else None
+        # Actors of which many share a core would, all at work, only take each other's caches; on a GPU they fill it.
+        self._at_once = 2 * self._num_cpus if is_near and not plan.num_gpus else plan.num_actors
         self._do_rest = is_near and plan.num_actors >= _MANY
         try:
             self._actors = [self._start() for _ in range(plan.num_actors)]
@@ -109,16 +119,15 @@ class RayPool:
 
     def evaluate(self, round: int, weights: Weights, then: Sequence[int] = ()) -> Evaluation:
         """See `Pool.evaluate`."""
-        arrays, num_actors = self._put(weights), len(self._actors)
-        pending = self._begin(
-            _Call(actor, "evaluate", (arrays, round, self._chunks[actor::num_actors]))
-            for actor in range(min(num_actors, len(self._chunks)))
+        arrays, used = self._put(weights), min(self._num_cpus, len(self._actors), len(self._chunks))
+        work = self._begin(
+            _Call(actor, "evaluate", (arrays, round, self._chunks[actor::used])) for actor in range(used)
         )
         if then:  # an actor answers in order: this waits in its queue
             self._begun = (round + 1, weights, list(then)), self._begin_fit(round + 1, weights, then)
         by_chunk = {
             chunk: evaluation
-            for call, evaluations in self._finish(pending)
+            for call, evaluations in self._finish(work)
             for chunk, evaluation in zip(call.arguments[2], evaluations, strict=True)
         }
         return total([by_chunk[chunk] for chunk in self._chunks])
@@ -173,34 +182,41 @@ class RayPool:
             assigned.setdefault(actor, []).append(client_id)
         return assigned
 
-    def _begin_fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> _Pending:
+    def _begin_fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> _Work:
         """The work of a round: what has been begun of it, or begun now."""
         if self._begun is not None:
-            (begun_round, begun_weights, begun_cohort), pending = self._begun
+            (begun_round, begun_weights, begun_cohort), work = self._begun
             self._begun = None
             if (begun_round, begun_cohort) == (round, list(cohort)) and begun_weights is weights:
-                return pending
+                return work
             with contextlib.suppress(FedsimError):
-                self._finish(pending)  # of another round after all: its updates must not come in between
+                self._finish(work)  # of another round after all: its updates must not come in between
         arrays, rows = self._put(weights), {client_id: row for row, client_id in enumerate(sorted(cohort))}
         return self._begin(
             _Call(actor, "fit", (arrays, [FitTask(round, c) for c in clients], [rows[c] for c in clients]))
             for actor, clients in self._assign(cohort).items()
         )
 
-    def _begin(self, calls: Iterable[_Call]) -> _Pending:
-        """Makes all calls at once."""
-        return dict(self._submit(call) for call in calls)
+    def _begin(self, calls: Iterable[_Call]) -> _Work:
+        """Makes as many calls as the actors have use for."""
+        work = _Work({}, deque(calls))
+        self._make_more(work)
+        return work
 
-    def _finish(self, pending: _Pending) -> list[tuple[_Call, Any]]:
+    def _make_more(self, work: _Work) -> None:
+        while work.later and len(work.made) < self._at_once:
+            work.made.update([self._submit(work.later.popleft())])
+
+    def _finish(self, work: _Work) -> list[tuple[_Call, Any]]:
         """Takes the answers as they come; a dead actor's work is done again."""
         answers = []
-        while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=_LOOK_S)
+        while work.made:
+            ready, _ = ray.wait(list(work.made), num_returns=1, timeout=_LOOK_S)
             if not ready:
                 _check_start()
                 continue
-            call = pending.pop(ready[0])
+            call = work.made.pop(ready[0])
+            self._make_more(work)
             try:
                 answers.append((call, ray.get(ready[0])))
             except RayTaskError as error:  # the code in the actor raised: a bug, never retried
@@ -212,7 +228,7 @@ class RayPool:
                     self._restart(call.actor, load=call.method != "load")
                     made = self._load(call.actor) if call.method == "load" else call
                     call = replace(made, attempt=call.attempt + 1)
-                pending.update([self._submit(call)])
+                work.made.update([self._submit(call)])
         return answers
 
     def _submit(self, call: _Call) -> tuple[ray.ObjectRef, _Call]:

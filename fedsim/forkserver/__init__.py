@@ -83,10 +83,10 @@ class ForkServer:
             return self._last_words()
         if not self._is_ready:
             return f"its test of itself took more than {timeout_s:g} s"
-        return "" if self.is_serving() else "the fork server did not answer in time"
+        return "" if self.is_serving() else "the fork server did not give a worker that it was asked for"
 
     def is_serving(self) -> bool:
-        """Whether it can be asked: it is there, and no launcher has waited for it in vain."""
+        """Whether it can be asked: it is there, and no launcher has asked in vain."""
         return self._process.poll() is None and self._socket.exists()
 
     def close(self) -> None:

@@ -8,14 +8,17 @@ import array
 import os
 import sys
 
+_ATTEMPTS = 3
 _PATIENCE_S = 8.0  # with a server that does not answer, if there is another way
 
 
 def main() -> None:
     """Ends when a forked child is known to Ray; else becomes Ray's own worker."""
-    if _is_replaced(os.environ["FEDSIM_FORK_SERVER"]):
+    address = os.environ["FEDSIM_FORK_SERVER"]
+    if any(_is_replaced(address) for _ in range(_ATTEMPTS)):
         return
     if "FEDSIM_OR_PLAIN" not in os.environ:
+        _remove(address)  # which the driver will see
         sys.exit("fedsim: the fork server gave no worker, and plain ones do not fit this machine")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDSIM_")}
     flags = ["-s"] if sys.flags.no_user_site else []  # as Ray would; the -S is this script's

@@ -24,7 +24,7 @@ class Cost:
 
 PLAIN = Cost(num_bytes=400_000_000, start_core_s=2.0, threads=25, files=3)
 """Ray's own worker: it imports torch and ray by itself."""
-FORKED = Cost(num_bytes=60_000_000, start_core_s=0.15, threads=25, files=3)
+FORKED = Cost(num_bytes=50_000_000, start_core_s=0.25, threads=25, files=3)
 """A child of the fork server, which shares with it what both only read."""
 COSTS = {"plain": PLAIN, "fork": FORKED}
 
