@@ -2,8 +2,8 @@
 
 The systems of a task take turns (fedsim, other, another, fedsim, ...), every run in a fresh process with nothing else
 running, so that a slow minute of the machine hits all of them. Of a run the median over its warm rounds counts, of a
-system the median over its runs. Memory is looked at in a run of its own, which no time is taken of. Run it on an idle
-machine; all tasks take about an hour on two cores:
+system the median over its runs. Memory is looked at in a run of its own, which no time is taken of; where that of each
+process counts, at the end of each run. Run it on an idle machine; all tasks take about an hour on two cores:
 
     pip install -e ".[benchmark]"                      # matplotlib, for the figure
     python -m venv ~/.cache/fedsim/flower              # Flower, in an environment of its own
@@ -36,17 +36,19 @@ from fedsim import environment
 PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "published" / "benchmarks"
 FLOWER_PYTHON = platformdirs.user_cache_path("fedsim") / "flower" / "bin" / "python"
 SAMPLE_S = 0.25
+SHOWN = {"start": "start_s", "actors": "up_s"}
+"""Seconds of which column are printed while a task of this kind is measured; of others those of a round."""
 
 
-def measure(task: Task, repetitions: int, rounds: int | None = None) -> Measured:
+def measure(task: Task, repetitions: int | None = None, rounds: int | None = None) -> Measured:
     """Lets the systems take turns; one row a round, one row a look at the memory, and `facts` for the report.
 
     Args:
         task: what to measure.
-        repetitions: runs of each system.
+        repetitions: runs of each system; None for the task's own number.
         rounds: of each run; None for the task's own number.
     """
-    rounds = rounds or task.rounds
+    repetitions, rounds = repetitions or task.repetitions, rounds or task.rounds
     timed, sampled, facts = [], [], environment_facts()
     if task.kind == "memory":  # one long run, and only its memory counts
         repetitions = 0
@@ -59,10 +61,12 @@ def measure(task: Task, repetitions: int, rounds: int | None = None) -> Measured
             frame.insert(3, "warm", frame["round"] > task.warm_up)
             timed.append(frame)
             facts |= {f"{key} of {name}": value for key, value in measured.facts.items()}
-            seconds = frame.loc[frame["warm"], "start_s" if task.kind == "start" else "round_s"].median()
+            if task.kind in ("actors", "hundreds"):
+                sampled.append(measured.memory.assign(system=name, repetition=repetition))
+            seconds = frame.loc[frame["warm"], SHOWN.get(task.kind, "round_s")].median()
             print(f"  {repetition}/{repetitions} {name}: {seconds:.4f} s", flush=True)
     for name, system in task.systems.items():
-        if task.kind != "start" and name != BOUND:
+        if task.kind in ("speed", "scale", "memory") and name != BOUND:
             memory = _run(name, system, rounds, 1, SAMPLE_S).memory
             memory.insert(0, "system", name)
             sampled.append(memory)
@@ -117,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(make_tasks(None))
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(names)}; all, if none is named")
-    parser.add_argument("--repetitions", type=int, default=5, help="runs of each system (default: %(default)s)")
+    parser.add_argument(
+        "--repetitions", type=int, help="runs of each system (default: the task's own number, 5 mostly)"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of a run, for a trial (default: the task's own number)")
     parser.add_argument("--output", type=Path, default=PUBLISHED, metavar="DIR")
     parser.add_argument("--flower-python", type=Path, default=FLOWER_PYTHON, metavar="PATH")

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,28 @@ from torch import nn
 import benchmark
 import fedsim
 from baselines import plain_loop
-from benchmarks import plot, processes, products, report, systems
+from benchmarks import plot, processes, products, report, systems, watched
 from benchmarks.systems import ROUND_COLUMNS, Measured, System, Workload
-from benchmarks.tasks import BOUND, MNIST, PLAIN_SUM, SCALED, T1, T2, T3, T4, Task, make_tasks
+from benchmarks.tasks import (
+    ACTOR_PER_CLIENT,
+    BOUND,
+    FORKED,
+    MNIST,
+    PACKED,
+    PLAIN,
+    PLAIN_SUM,
+    SCALED,
+    T1,
+    T2,
+    T3,
+    T4,
+    UNSTACKED,
+    Task,
+    make_tasks,
+)
 from fedsim.cli.options import configuration
 from fedsim.config import Config
+from fedsim.forkserver import LAUNCHER, is_supported
 
 # ---------------------------------------------------------------- what is measured
 
@@ -41,14 +59,19 @@ def commands(system: System, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
     return seen
 
 
+def configured(system: System, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """What `fedsim run` would be asked for."""
+    (command,) = commands(system, monkeypatch)
+    changes = [word.removeprefix("--set=") for word in command if word.startswith("--set=")]
+    return configuration(command[command.index("run") + 1], changes, None)
+
+
 WORKLOADS = {"T1": T1, "T2": T2, "T3": T3, "T4": T4, "mnist": MNIST, "scale": SCALED}
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=list(WORKLOADS))
 def test_fedsim_and_the_plain_loop_are_given_the_same_work(workload, monkeypatch):
-    (ours,) = commands(systems.fedsim_run(workload), monkeypatch)
-    changes = dict(word.removeprefix("--set=").split("=", 1) for word in ours if word.startswith("--set="))
-    config = configuration("mnist", [f"{key}={value}" for key, value in changes.items()], None)
+    config = configured(systems.fedsim_run(workload), monkeypatch)
     (plain,) = commands(systems.plain_loop(workload), monkeypatch)
     options = dict(word.removeprefix("--").split("=", 1) for word in plain if "=" in word)
     assert options == {
@@ -70,10 +93,29 @@ def test_fedsim_and_the_plain_loop_are_given_the_same_work(workload, monkeypatch
 def test_the_issues_tasks_are_all_there():
     tasks = make_tasks(Path("python"))
     assert set(tasks) >= {"T1", "T2", "T3", "T4", "start", "scale_clients", "scale_cohort", "memory"}
+    assert set(tasks) >= {"actors_start", "hundreds_actors"}
     assert [*tasks["T1"].systems] == ["fedsim", "plain loop", "original program", "Flower", BOUND]
     assert "Flower" not in make_tasks(None)["T1"].systems
     assert [*tasks["scale_clients"].systems] == ["100 clients", "1,000 clients", "10,000 clients"]
     assert tasks["memory"].rounds == 500
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "placement"),
+    [
+        ("actors_start", PLAIN, {"mode": "actor-per-client", "start": "plain"}),
+        ("actors_start", FORKED, {"mode": "actor-per-client", "start": "fork"}),
+        ("hundreds_actors", ACTOR_PER_CLIENT, {"mode": "actor-per-client", "start": "fork"}),
+        ("hundreds_actors", PACKED, {"mode": "packed"}),
+        ("hundreds_actors", UNSTACKED, {"mode": "packed", "stack_size": 1}),
+    ],
+)
+def test_systems_with_actors_differ_only_in_placement(task, name, placement, monkeypatch):
+    config = configured(make_tasks(None)[task].systems[name], monkeypatch)
+    base = fedsim.preset("mnist" if task == "actors_start" else "hundreds")
+    changes = {f"placement.{key}": value for key, value in placement.items()}
+    assert config == base.override({"placement.mode": base.placement.mode, "rounds": 7, "seed": 3, **changes})
+    assert config.clients.count == (10 if task == "actors_start" else 300)
 
 
 @pytest.mark.parametrize(("model", "mflop"), [("mlp", 0.2045), ("2nn", 0.879), ("cnn", 72.4)])
@@ -168,11 +210,34 @@ def test_memory_is_that_of_all_processes_by_their_role():
         ("/x/ray/core/src/ray/gcs/gcs_server --log_dir=/tmp/y", "ray"),
         ("/x/python -u /x/ray/dashboard/agent.py", "ray"),
         ("/x/python /x/ray/_private/workers/default_worker.py", "ray"),
+        ("ray::DashboardAgent", "ray"),
+        ("ray::RuntimeEnvAgent", "ray"),
         ("/x/python -m fedsim run", "actors"),
+        (f"/x/python -S {LAUNCHER} --raylet-name=/tmp/y", "fork server"),
     ],
 )
 def test_rays_own_processes_are_told_from_workers(line, role):
     assert processes.role(line.split()) == role
+
+
+def test_what_starts_launchers_is_none():
+    raylet = ["/x/ray/core/src/ray/raylet/raylet", f"--python_worker_command=/x/python -S {LAUNCHER} --node-ip=y"]
+    assert processes.role(raylet) == "ray"
+    assert (
+        processes.role(["/x/python", "-c", "from fedsim.forkserver.server import main; main('x', 1)"]) == "fork server"
+    )
+
+
+def test_what_actors_are_forked_from_counts_with_them(monkeypatch):
+    found = [("driver", 1.0), ("fork server", 2.0), ("actors", 4.0), ("ray", 8.0), ("actors", 16.0)]
+    monkeypatch.setattr(processes, "each_pss", lambda root: found)
+    assert processes.pss(psutil.Process()) == {"driver": 1.0, "actors": 22.0, "ray": 8.0}
+
+
+def test_something_else_can_be_looked_at():
+    code = "import time; time.sleep(0.5)"
+    done = processes.run([sys.executable, "-c", code], sample_s=0.05, look=processes.available)
+    assert 0 < min(sample["available"] for sample in done.memory) < psutil.virtual_memory().total
 
 
 # ---------------------------------------------------------------- reading a run
@@ -213,6 +278,58 @@ def test_what_baselines_print_is_read(monkeypatch):
     printed = "round 1: test accuracy 0.9000 (2.125 s)\nround 2: test accuracy 0.9500 (2.000 s)\n"
     monkeypatch.setattr(processes, "run", lambda command, **options: processes.Finished(printed, 0.0, 8.0))
     assert systems.original(T1)(2, 1, None).rounds["round_s"].tolist() == [2.125, 2.0]
+
+
+def test_what_a_run_of_placed_actors_gives(monkeypatch):
+    def run(command, **options):
+        file, folder = Path(command[2]), command[command.index("--results") + 1]
+        changes = {"data.dataset": "synthetic", "placement.mode": "serial", "rounds": 2}
+        fedsim.run(Config().override(changes), results=folder, name="run")
+        file.write_text(json.dumps({"up_s": 1.5, "processes": [["driver", 5e8], ["actors", 7e7]]}))
+        return processes.Finished("", 0.0, 9.0, [{"at": 0.0, "available": size} for size in (9e9, 6e9, 8e9)])
+
+    monkeypatch.setattr(processes, "run", run)
+    monkeypatch.setattr(systems, "psutil", SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=10e9)))
+    measured = systems.placed("mnist", start="fork")(2, 1, None)
+    assert list(measured.rounds) == list(ROUND_COLUMNS)
+    assert measured.rounds["up_s"].tolist() == [1.5, 1.5]
+    assert measured.rounds["used_bytes"].tolist() == [4e9, 4e9]
+    assert measured.rounds["weights_sha256"].map(len).tolist() == [64, 64]
+    assert measured.memory.to_dict("list") == {"role": ["driver", "actors"], "bytes": [5e8, 7e7]}
+
+
+def watch(file: Path, *settings: str) -> dict[str, list[float]]:
+    """Runs benchmarks/watched.py on 3 clients; bytes of each process by role, and `up_s`."""
+    changes = ["data.dataset=synthetic", "clients.count=3", "rounds=1", *settings]
+    options = [f"--set={change}" for change in changes] + ["--results", str(file.parent), "--address", "local"]
+    command = [sys.executable, watched.__file__, str(file), "run", "mnist", *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    seen = json.loads(file.read_text())
+    found: dict[str, list[float]] = {"up_s": [seen["up_s"]]}
+    for role, num_bytes in seen["processes"]:
+        found.setdefault(role, []).append(num_bytes)
+    return found
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="the proportional set size is Linux's")
+def test_the_watched_command_line_is_fedsims(tmp_path):
+    found = watch(tmp_path / "seen.json", "placement.mode=serial")
+    assert set(found) == {"up_s", "driver"}
+    assert 0 < found["up_s"][0] < 60
+    assert found["driver"][0] > 50e6
+    assert fedsim.load_run(tmp_path / "mnist").rounds["round"].tolist() == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.skipif(not is_supported(), reason="actors are forked on Linux only")
+@pytest.mark.parametrize("start", ["plain", "fork"])
+def test_actors_are_told_from_all_else(start, tmp_path):
+    found = watch(tmp_path / "seen.json", f"placement.start={start}")
+    assert len(found["actors"]) == 3
+    assert ("fork server" in found) == (start == "fork")
+    assert len(found["ray"]) >= 2
+    assert found["up_s"][0] > 0
 
 
 # ---------------------------------------------------------------- the page
@@ -292,6 +409,73 @@ def test_the_page_of_start_scale_and_memory(tmp_path):
     compared = "rounds 401 to 500 against 100 to 200"
     assert f"| memory of the driver, {compared} | +0.0% | within 3% | reached |" in page
     assert f"| memory of the actors, {compared} | +4.0% | within 3% | **not reached** |" in page
+
+
+def placed(up_s: float, actors: list[float], fork_server: float, weights: str = "a", **columns: float) -> System:
+    """What a system with some bytes for each of its actors may give."""
+
+    def measure(rounds: int, seed: int, sample_s: float | None) -> Measured:
+        measured = made_up(rounds, seed, **{**OURS, "up_s": up_s, **columns})
+        roles = [("driver", 5e8), ("ray", 1e8), *(("actors", size) for size in actors)]
+        roles += [("fork server", fork_server)] if fork_server else []
+        hashes = measured.rounds["round"].map(lambda round: f"{weights if round > 1 else 'a'}{round} of {seed}")
+        frame = measured.rounds.assign(weights_sha256=hashes)
+        return Measured(frame, pd.DataFrame(roles, columns=["role", "bytes"]))
+
+    return measure
+
+
+def test_the_page_of_plain_and_forked_actors(tmp_path):
+    start = {PLAIN: placed(8.0, [3e8, 5e8], 0, start_s=12.0), FORKED: placed(2.0, [6e7, 8e7], 1e8, start_s=6.0)}
+    task = Task("Actors", start, 2, "actors", 0, limits={"ratio": 0.25, "actor_mb": 81})
+    page = published(tmp_path, task)
+    assert "| plain | 2 | 8.00 | 8.00 to 8.00 | 12.00 | 400 | 500 | 800 | 0 | 500 | 100 | 1,400 |" in page
+    assert "| forked | 2 | 2.00 | 2.00 to 2.00 | 6.00 | 70 | 80 | 140 | 100 | 500 | 100 | 840 |" in page
+    assert "| seconds until 2 actors are up, forked over plain | 0.25 | at most 0.25 | reached |" in page
+    assert "| memory of the largest forked actor | 80 MB | under 81 MB | reached |" in page
+    assert "forked over plain: **0.50**; everything in memory: **0.60**" in page
+    assert "from when the driver begins to start its actors until the last one has loaded" in page
+    assert "memory from a run of its own" not in page
+
+    slower = {**start, FORKED: placed(2.5, [6e7, 81e6], 1e8)}
+    page = published(tmp_path, Task("Actors", slower, 2, "actors", 0, limits={"ratio": 0.25, "actor_mb": 81}))
+    assert "| seconds until 2 actors are up, forked over plain | 0.31 | at most 0.25 | **not reached** |" in page
+    assert "| memory of the largest forked actor | 81 MB | under 81 MB | **not reached** |" in page
+
+
+def test_the_page_of_hundreds_of_actors(tmp_path):
+    apart, stacks = [3e7] * 300, [2e8, 2e8]
+    compared = {
+        ACTOR_PER_CLIENT: placed(50.0, apart, 2e8, round_s=3.0, busiest_s=2.5, used_bytes=12e9, start_s=55.0),
+        PACKED: placed(1.0, stacks, 2e8, round_s=1.0, used_bytes=1e9, start_s=4.0),
+        UNSTACKED: placed(1.0, stacks, 2e8, round_s=2.0, used_bytes=1e9, start_s=4.0),
+    }
+    limits = {"up_s": 200, "used_gb": 18, "overhead_ms": 3_250}  # the second of three runs counts, 3.0 s times 2
+    page = published(tmp_path, Task("Hundreds", compared, 4, "hundreds", limits=limits))
+    assert "| actor per client | 300 | 50.0 | 55.0 | 6.000 | 3.000 to 9.000 | 9.00 | 9.80 | 12.00 |" in page
+    assert "| packed | 2 | 1.0 | 4.0 | 2.000 | 1.000 to 3.000 | 0.40 | 1.20 | 1.00 |" in page
+    assert "| seconds until 300 actors are up | 50.0 s | at most 200 s | reached |" in page
+    assert "| the machine's peak with 300 actors | 12.0 GB | under 18 GB | reached |" in page
+    assert "| same bits as packed | yes: 12 of 12 rounds | all rounds | reached |" in page
+    overhead = "round with an actor per client, without evaluation and the longest training of a client"
+    assert f"| {overhead} | 3250.0 ms | at most 3250 ms | reached |" in page
+    assert "**3.00** times as long as packed: +4000 ms" in page
+    assert "**1.50** times as long as packed, stacks of 1: +2000 ms" in page
+
+    compared[ACTOR_PER_CLIENT] = placed(201.0, apart, 2e8, round_s=3.1, busiest_s=2.5, used_bytes=18e9)
+    compared[UNSTACKED] = placed(1.0, stacks, 2e8, "b", round_s=2.0)
+    page = published(tmp_path, Task("Hundreds", compared, 4, "hundreds", limits=limits))
+    assert "| seconds until 300 actors are up | 201.0 s | at most 200 s | **not reached** |" in page
+    assert "| the machine's peak with 300 actors | 18.0 GB | under 18 GB | **not reached** |" in page
+    assert "| same bits as packed | no: 3 of 12 rounds | all rounds | **not reached** |" in page
+    assert f"| {overhead} | 3450.0 ms | at most 3250 ms | **not reached** |" in page
+
+
+def test_a_task_says_how_often_its_systems_run():
+    measured = benchmark.measure(Task("T0", {"fedsim": system(**OURS)}, 4, repetitions=2))
+    assert sorted(measured.rounds["repetition"].unique()) == [1, 2]
+    assert make_tasks(None)["hundreds_actors"].repetitions == 3
+    assert make_tasks(None)["T2"].repetitions == 5
 
 
 def test_the_figure_has_every_kind_and_is_the_same_for_the_same_data(tmp_path):

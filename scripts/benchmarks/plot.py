@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import report
+from benchmarks.section import medians
 from benchmarks.systems import Measured
 from benchmarks.tasks import BOUND, Task
 
@@ -38,7 +39,7 @@ def write(folder: Path, tasks: Mapping[str, Task]) -> None:
 def _speed(axes: Axes, found: Mapping[str, Measured], tasks: Mapping[str, Task]) -> None:
     """Speed over that of the plain loop, and the bound as a line."""
     for place, measured in enumerate(found.values()):
-        seconds = report.medians(measured.rounds, "round_s")
+        seconds = medians(measured.rounds, "round_s")
         systems = [system for system in COLORS if system in seconds]
         width = 0.8 / len(systems)
         for number, system in enumerate(systems):
@@ -58,7 +59,7 @@ def _speed(axes: Axes, found: Mapping[str, Measured], tasks: Mapping[str, Task])
 def _scale(axes: Axes, found: Mapping[str, Measured], tasks: Mapping[str, Task]) -> None:
     """Seconds a round and memory, over what grows."""
     ((name, measured),) = found.items()
-    seconds = report.medians(measured.rounds, "round_s")
+    seconds = medians(measured.rounds, "round_s")
     axes.plot(list(seconds), list(seconds.values()), "o-", color=COLORS["fedsim"])
     axes.set_ylim(0, 1.25 * max(seconds.values()))
     axes.set_ylabel("seconds a round", color=COLORS["fedsim"])

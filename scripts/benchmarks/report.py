@@ -1,62 +1,24 @@
 """The page: what was measured as Markdown, made from the Parquet files alone.
 
 `TASK.parquet` has a row a round (columns: `systems.ROUND_COLUMNS`, and whose), `TASK_memory.parquet` a row a look at
-the memory; what else is to be known is in the `attrs` of the first.
+the memory, or a row a process where each counts; what else is to be known is in the `attrs` of the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from benchmarks import elsewhere
+from benchmarks import actors, elsewhere
 from benchmarks.elsewhere import table
 from benchmarks.processes import OURS, ROLES
+from benchmarks.section import Check, Section, cells, medians, per_run, spreads
 from benchmarks.systems import ROUND_COLUMNS, Measured
 from benchmarks.tasks import BOUND, PLAIN_SUM, Task
 
 FIGURE = "benchmarks.svg"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing to be reached, and what was."""
-
-    what: str
-    measured: str
-    target: str
-    is_reached: bool
-
-    @property
-    def verdict(self) -> str:
-        """In one word or two."""
-        return "reached" if self.is_reached else "**not reached**"
-
-
-@dataclass
-class Section:
-    """A task's part of the page, and what is to be reached in it."""
-
-    lines: list[str] = field(default_factory=list)
-    checks: list[Check] = field(default_factory=list)
-
-    def table(self, corner: str, columns: Mapping[str, Mapping[str, str]]) -> None:
-        """A table with a row for each key of the first column; what a later column lacks stays empty."""
-        first, *_ = columns.values()
-        rows = [(key, *(column.get(key, "") for column in columns.values())) for key in first]
-        self.lines += [*table((corner, *columns), rows), ""]
-
-    def say(self, line: str, check: Check | None = None) -> None:
-        """A point of the list, with what was to be reached."""
-        self.lines.append(f"- {line}" + (f" (target: {check.target}; {check.verdict})" if check else ""))
-        self.checks += [check] if check else []
-
-    def state(self, check: Check) -> None:
-        """A point of the list that is nothing but a check."""
-        self.say(f"{check.what}: **{check.measured}**", check)
 
 
 def save(folder: Path, name: str, measured: Measured) -> None:
@@ -97,16 +59,6 @@ def write(folder: Path, tasks: Mapping[str, Task]) -> None:
     (folder / "README.md").write_text("\n".join([*head, *sections, *elsewhere.section()]) + "\n", encoding="utf-8")
 
 
-def per_run(rounds: pd.DataFrame, column: str) -> pd.Series:
-    """Of each run, the median over its warm rounds; indexed by system and repetition."""
-    return rounds.loc[rounds["warm"].astype(bool)].groupby(["system", "repetition"], sort=False)[column].median()
-
-
-def medians(rounds: pd.DataFrame, column: str) -> dict[str, float]:
-    """Of each system, the median over its runs, in the order of the systems."""
-    return per_run(rounds, column).groupby("system", sort=False).median().to_dict()
-
-
 def peaks(memory: pd.DataFrame) -> pd.DataFrame:
     """Of each system, the most bytes that its driver, its actors, both together, and Ray's own processes had."""
     of_all = memory.assign(together=memory[list(OURS)].sum(axis=1))
@@ -120,14 +72,14 @@ def _speed(section: Section, name: str, task: Task, measured: Measured) -> None:
     section.table(
         "system",
         {
-            "round, median (s)": _cells(round_s, "{:.3f}"),
-            "min to max of the runs (s)": _spreads(per_run(frame, "round_s"), "{:.3f}"),
-            "samples/s while training": _cells(_rates(frame), "{:,.0f}"),
-            f"test accuracy after round {frame['round'].max():.0f}": _cells(last.groupby("system").median(), "{:.4f}"),
-            "min to max": _spreads(last, "{:.4f}"),
-            "whole process, with start and end (s)": _cells(medians(frame, "process_s"), "{:.1f}"),
-            "peak memory, without Ray's own (MB)": _cells(peak["together"] / 1e6, "{:,.0f}"),
-            "training processes": _cells(medians(frame, "processes"), "{:.0f}"),
+            "round, median (s)": cells(round_s, "{:.3f}"),
+            "min to max of the runs (s)": spreads(per_run(frame, "round_s"), "{:.3f}"),
+            "samples/s while training": cells(_rates(frame), "{:,.0f}"),
+            f"test accuracy after round {frame['round'].max():.0f}": cells(last.groupby("system").median(), "{:.4f}"),
+            "min to max": spreads(last, "{:.4f}"),
+            "whole process, with start and end (s)": cells(medians(frame, "process_s"), "{:.1f}"),
+            "peak memory, without Ray's own (MB)": cells(peak["together"] / 1e6, "{:,.0f}"),
+            "training processes": cells(medians(frame, "processes"), "{:.0f}"),
         },
     )
     for system, seconds in round_s.items():
@@ -184,8 +136,8 @@ def _overhead(section: Section, name: str, task: Task, frame: pd.DataFrame) -> N
 
 def _start(section: Section, name: str, task: Task, measured: Measured) -> None:
     start_s = medians(measured.rounds, "start_s")
-    spread = _spreads(per_run(measured.rounds, "start_s"), "{:.2f}")
-    section.table("system", {"start, median (s)": _cells(start_s, "{:.2f}"), "min to max (s)": spread})
+    spread = spreads(per_run(measured.rounds, "start_s"), "{:.2f}")
+    section.table("system", {"start, median (s)": cells(start_s, "{:.2f}"), "min to max (s)": spread})
     section.say(f"{PLAIN_SUM}: import ray and torch, `ray.init`, an actor a core that imports torch")
     ratio, most = start_s["fedsim"] / start_s[PLAIN_SUM], task.limits["ratio"]
     section.state(Check(f"start-up over the {PLAIN_SUM}", f"{ratio:.2f}", f"at most {most:g}", ratio <= most))
@@ -199,16 +151,16 @@ def _scale(section: Section, name: str, task: Task, measured: Measured) -> None:
     section.table(
         "",
         {
-            "round, median (s)": _cells(round_s, "{:.3f}"),
-            "min to max of the runs (s)": _spreads(per_run(frame, "round_s"), "{:.3f}"),
-            "samples/s while training": _cells(_rates(frame), "{:,.0f}"),
-            "driver (MB)": _cells(peak["driver"] / 1e6, "{:,.0f}"),
-            "actors (MB)": _cells(peak["actors"] / 1e6, "{:,.0f}"),
-            "together (MB)": _cells(peak["together"] / 1e6, "{:,.0f}"),
-            "files of rows, a round (kB)": _cells(file_kb, "{:,.1f}"),
-            "values in them (kB)": _cells({key: size / 1e3 for key, size in value_bytes.items()}, "{:,.1f}"),
-            "a checkpoint (MB)": _cells(checkpoints, "{:.2f}"),
-            "start-up (s)": _cells(medians(frame, "start_s"), "{:.1f}"),
+            "round, median (s)": cells(round_s, "{:.3f}"),
+            "min to max of the runs (s)": spreads(per_run(frame, "round_s"), "{:.3f}"),
+            "samples/s while training": cells(_rates(frame), "{:,.0f}"),
+            "driver (MB)": cells(peak["driver"] / 1e6, "{:,.0f}"),
+            "actors (MB)": cells(peak["actors"] / 1e6, "{:,.0f}"),
+            "together (MB)": cells(peak["together"] / 1e6, "{:,.0f}"),
+            "files of rows, a round (kB)": cells(file_kb, "{:,.1f}"),
+            "values in them (kB)": cells({key: size / 1e3 for key, size in value_bytes.items()}, "{:,.1f}"),
+            "a checkpoint (MB)": cells(checkpoints, "{:.2f}"),
+            "start-up (s)": cells(medians(frame, "start_s"), "{:.1f}"),
         },
     )
     if (most := task.limits.get("ratio")) is not None:
@@ -230,7 +182,7 @@ def _memory(section: Section, name: str, task: Task, measured: Measured) -> None
     early, late = windows(measured.facts["rounds"])
     means = [memory.loc[memory["round"].between(*window), list(OURS)].mean() / 1e6 for window in (early, late)]
     titles = [f"rounds {first} to {last}, mean (MB, PSS)" for first, last in (early, late)]
-    section.table("", {title: _cells(mean, "{:.1f}") for title, mean in zip(titles, means, strict=True)})
+    section.table("", {title: cells(mean, "{:.1f}") for title, mean in zip(titles, means, strict=True)})
     for role in OURS:
         drift = float(means[1][role] / means[0][role] - 1)
         what = f"memory of the {role}, rounds {late[0]} to {late[1]} against {early[0]} to {early[1]}"
@@ -241,12 +193,12 @@ def _method(section: Section, task: Task, measured: Measured) -> None:
     facts, frame = measured.facts, measured.rounds
     if len(frame):
         warm = frame.loc[frame["warm"].astype(bool), "round"].nunique()
-        of_rounds = (
-            f"of each the median of its {warm} warm rounds, evaluation included; " if task.kind != "start" else ""
-        )
+        is_start = task.kind in ("start", "actors")
+        of_rounds = "" if is_start else f"of each the median of its {warm} warm rounds, evaluation included; "
+        memory = "" if task.kind in ("actors", "hundreds") else "; memory from a run of its own"
         section.say(
             f"method: median of {frame['repetition'].max()} alternating runs, {of_rounds}run r of every system has "
-            "seed r; memory from a run of its own"
+            f"seed r{memory}"
         )
     machine = facts["machine"]
     section.say(
@@ -263,19 +215,15 @@ def _rates(frame: pd.DataFrame) -> dict[str, float]:
     return medians(frame.assign(rate=frame["examples"] / frame["fit_s"]), "rate")
 
 
-def _cells(values: Mapping[str, float] | pd.Series, form: str) -> dict[str, str]:
-    return {key: "" if pd.isna(value) else form.format(value) for key, value in values.items()}
-
-
-def _spreads(runs: pd.Series, form: str) -> dict[str, str]:
-    """Smallest to largest of each system's runs."""
-    of = runs.dropna().groupby("system", sort=False)
-    least, most = _cells(of.min(), form), _cells(of.max(), form)
-    return {system: f"{least[system]} to {most[system]}" for system in least}
-
-
 def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-SECTIONS = {"speed": _speed, "start": _start, "scale": _scale, "memory": _memory}
+SECTIONS = {
+    "speed": _speed,
+    "start": _start,
+    "scale": _scale,
+    "memory": _memory,
+    "actors": actors.start,
+    "hundreds": actors.hundreds,
+}

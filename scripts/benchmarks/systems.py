@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 from pyarrow import parquet
 
 import fedsim.datasets
 from benchmarks import processes, products
+from fedsim.presets import preset
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+AVAILABLE_S = 0.1
+"""Between two looks at the memory that the whole machine has left."""
 TRAIN_EXAMPLES, TEST_EXAMPLES = 60_000, 10_000
 
 
@@ -51,7 +55,8 @@ class Measured:
     rounds: pd.DataFrame
     """A row a round; see `ROUND_COLUMNS`."""
     memory: pd.DataFrame = field(default_factory=pd.DataFrame)
-    """A row a sample, where it was asked for: `at`, and bytes of each of `processes.ROLES`."""
+    """A row a sample, where it was asked for: `at`, and bytes of each of `processes.ROLES`; `placed` gives a row a
+    process: `role` and `bytes`."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What else is to be known: versions, single products."""
 
@@ -75,6 +80,9 @@ ROUND_COLUMNS = {
     "file_bytes": "of the run: the files of its rows, over its rounds; there are more of them the longer it takes",
     "value_bytes": "of the run: the values in these files, over its rounds",
     "checkpoint_bytes": "of the run: its last checkpoint",
+    "weights_sha256": "after the round",
+    "up_s": "of the run: from when the driver begins to start its actors until all have loaded data and model",
+    "used_bytes": "of the run: the most memory that the whole machine used more than before",
 }
 
 
@@ -95,11 +103,31 @@ def fedsim_run(workload: Workload) -> System:
         changes["data.partition.examples_per_client"] = workload.examples_per_client
 
     def measure(rounds: int, seed: int, sample_s: float | None) -> Measured:
-        settings = [f"--set={key}={value}" for key, value in {**changes, "rounds": rounds, "seed": seed}.items()]
         with tempfile.TemporaryDirectory() as results:
-            options = ["--address", "local", "--results", results, "--name", "run", "--quiet"]
-            done = processes.run(_python("-m", "fedsim", "run", "mnist", *settings, *options), sample_s=sample_s)
+            options = _run_options({**changes, "rounds": rounds, "seed": seed}, results)
+            done = processes.run(_python("-m", "fedsim", "run", "mnist", *options), sample_s=sample_s)
             return read_run(Path(results, "run"), done, workload.epochs)
+
+    return measure
+
+
+def placed(experiment: str, **placement: str | int) -> System:
+    """A preset of fedsim with another placement; and when its actors are up, and what memory each process has."""
+    epochs = preset(experiment).training.local_epochs
+
+    def measure(rounds: int, seed: int, sample_s: float | None) -> Measured:
+        changes = {f"placement.{key}": value for key, value in placement.items()} | {"rounds": rounds, "seed": seed}
+        with tempfile.TemporaryDirectory() as folder:
+            seen = Path(folder, "seen.json")
+            script, options = str(SCRIPTS / "benchmarks" / "watched.py"), _run_options(changes, folder)
+            free = psutil.virtual_memory().available
+            command = _python(script, str(seen), "run", experiment, *options)
+            done = processes.run(command, sample_s=AVAILABLE_S, look=processes.available)
+            measured = read_run(Path(folder, "run"), replace(done, memory=[]), epochs)
+            watched = json.loads(seen.read_text())
+        least = min(sample["available"] for sample in done.memory)
+        frame = measured.rounds.assign(up_s=watched["up_s"], used_bytes=free - least)
+        return Measured(frame, pd.DataFrame(watched["processes"], columns=["role", "bytes"]))
 
     return measure
 
@@ -128,7 +156,7 @@ def read_run(folder: Path, done: processes.Finished, epochs: int) -> Measured:
     memory = pd.DataFrame(done.memory, columns=["at", *processes.ROLES])
     memory["round"] = np.searchsorted(starts, memory["at"], side="right") - 1
     memory.loc[memory["at"] > starts.iloc[-1] + frame["round_s"].iloc[-1], "round"] = -1  # as before round 0
-    rounds = rounds.loc[rounds["round"] > 0, list(ROUND_COLUMNS)]  # round 0 only evaluates
+    rounds = rounds.loc[rounds["round"] > 0].reindex(columns=list(ROUND_COLUMNS))  # round 0 only evaluates
     return Measured(rounds.reset_index(drop=True), memory)
 
 
@@ -205,6 +233,11 @@ def _of_lines(done: processes.Finished, *, processes_: int, examples: int) -> Me
     facts = {key: value for line in lines if line["round"] == 0 for key, value in line.items() if key != "round"}
     memory = pd.DataFrame(done.memory, columns=["at", *processes.ROLES])
     return Measured(frame.reindex(columns=list(ROUND_COLUMNS)), memory, facts)
+
+
+def _run_options(changes: dict[str, Any], results: str) -> list[str]:
+    settings = [f"--set={key}={value}" for key, value in changes.items()]
+    return [*settings, "--address", "local", "--results", results, "--name", "run", "--quiet"]
 
 
 def _options(workload: Workload, rounds: int, seed: int) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Literal
 from benchmarks import systems
 from benchmarks.systems import System, Workload
 
+ACTOR_PER_CLIENT, PACKED, UNSTACKED = "actor per client", "packed", "packed, stacks of 1"
+PLAIN, FORKED = "plain", "forked"
 BOUND = "matrix products alone"
 PLAIN_SUM = "plain sum"
 
@@ -23,14 +25,16 @@ class Task:
     """By the names that the report gives them."""
     rounds: int
     """Of each run."""
-    kind: Literal["speed", "start", "scale", "memory"] = "speed"
+    kind: Literal["speed", "start", "scale", "memory", "actors", "hundreds"] = "speed"
     """Which section the report makes of it."""
     warm_up: int = 1
     """First rounds of a run that do not count."""
     times_as_fast: Mapping[str, float] = field(default_factory=dict)
     """What is to be reached: seconds of this system's round over seconds of fedsim's."""
     limits: Mapping[str, float] = field(default_factory=dict)
-    """What is to be kept: see the sections of `report`."""
+    """What is to be kept: see the sections of `report` and `actors`."""
+    repetitions: int = 5
+    """Runs of each system."""
 
 
 T1 = Workload("mlp", clients=2, per_round=2, batch_size=32, epochs=2)
@@ -93,6 +97,26 @@ def make_tasks(flower_python: Path | None) -> dict[str, Task]:
             rounds=1,
             warm_up=0,
             limits={"ratio": 0.85},
+        ),
+        "actors_start": Task(
+            "10 actors of the default run: plain and forked",
+            {PLAIN: systems.placed("mnist", start="plain"), FORKED: systems.placed("mnist", start="fork")},
+            kind="actors",
+            rounds=2,
+            warm_up=0,
+            limits={"ratio": 0.25, "actor_mb": 120},
+        ),
+        "hundreds_actors": Task(
+            "300 clients, 30 a round (2nn, batch 10, 5 epochs): each its own forked actor, and packed",
+            {
+                ACTOR_PER_CLIENT: systems.placed("hundreds", mode="actor-per-client", start="fork"),
+                PACKED: systems.placed("hundreds", mode="packed"),
+                UNSTACKED: systems.placed("hundreds", mode="packed", stack_size=1),
+            },
+            kind="hundreds",
+            repetitions=3,
+            rounds=15,
+            limits={"up_s": 200, "used_gb": 18, "overhead_ms": 10 + 2 * 30},
         ),
         "scale_clients": Task(
             "More clients, cohort of 10 (2nn, batch 10, 1 epoch, 600 examples a client)",
