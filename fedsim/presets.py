@@ -46,6 +46,10 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "300 clients of 200 examples on one workstation, 30 a round",
         {**_HUNDREDS, "clients.count": 300, "clients.per_round": 30},
     ),
+    "hundreds-actors": (
+        "hundreds by the letter: each of the 300 clients its own Ray actor",
+        {**_HUNDREDS, "clients.count": 300, "clients.per_round": 30, "placement.mode": "actor-per-client"},
+    ),
     "thousand": (
         "1,000 clients of 60 examples on one workstation, 100 a round",
         {**_HUNDREDS, "clients.count": 1000, "clients.per_round": 100},

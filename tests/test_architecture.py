@@ -44,7 +44,17 @@ LAYERS = (
         "stacked",
         "fingerprint",
     ),
-    ("client", "placement.machine", "placement.costs", "placement.limits", "placement.plan", "placement", "resolution"),
+    (
+        "client",
+        "placement.system",
+        "placement.machine",
+        "placement.costs",
+        "placement.limits",
+        "placement.shares",
+        "placement.plan",
+        "placement",
+        "resolution",
+    ),
     ("forkserver", "forkserver.launcher", "forkserver.rehearsal", "forkserver.server", "forkserver.registered"),
     (
         "checkpoint",

@@ -1,10 +1,12 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import fedsim
 from fedsim.config import Config
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, PlanError
+from fedsim.placement import Node, Size, make_plan
 from fedsim.presets import PRESETS, experiment, preset
 from fedsim.resolution import resolve
 
@@ -45,6 +47,11 @@ CONTRACT: dict[str, dict[str, Any]] = {
         "rounds": PRESETS["cnn-iid"][1]["rounds"],  # how long it goes on is free
     },
     "hundreds": {**HUNDREDS, "clients": {"count": 300, "per_round": 30}},
+    "hundreds-actors": {
+        **HUNDREDS,
+        "clients": {"count": 300, "per_round": 30},
+        "placement": {"mode": "actor-per-client"},
+    },
     "thousand": {**HUNDREDS, "clients": {"count": 1000, "per_round": 100}},
 }
 
@@ -75,6 +82,25 @@ def test_every_preset_is_valid_and_its_names_and_arguments_are_known(name):
 def test_seed_is_mnist_but_for_its_size():
     changes = {"name": "seed", "clients.count": 2, "rounds": 2}
     assert preset("seed") == preset("mnist").override(changes)
+
+
+def test_hundreds_of_actors_are_hundreds_but_for_their_placement():
+    changes = {"name": "hundreds-actors", "placement.mode": "actor-per-client"}
+    assert preset("hundreds-actors") == preset("hundreds").override(changes)
+
+
+def test_hundreds_of_actors_fit_a_workstation():
+    """Forked; as many plain ones do not."""
+    config = preset("hundreds-actors")
+    size = Size(300, 30, model_bytes=4 * 199_210, engine="stacked")
+    node = Node(2, 0, 24 * 10**9, fork_obstacle="")
+    plan = make_plan(config.placement, size, (node,))
+    assert (plan.mode, plan.start, plan.num_actors, plan.or_plain) == ("actor-per-client", "fork", 300, False)
+    assert plan.memory_bytes < 18 * 10**9
+    assert 300 * plan.num_cpus <= 2
+    with pytest.raises(PlanError, match=r"300 actors need about 120\.0 GB"):
+        make_plan(config.placement, size, (replace(node, fork_obstacle="it is too old"),))
+    assert make_plan(preset("hundreds").placement, size, (node,)).mode == "packed"
 
 
 def test_an_unknown_preset_lists_all_and_the_closest():

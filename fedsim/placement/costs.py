@@ -14,20 +14,21 @@ class Cost:
 
     num_bytes: int
     """Memory (PSS)."""
+    server_bytes: int
+    """Memory of the process that the actors of a node are forked from; 0 where there is none."""
     start_core_s: float
     """Core-seconds until it is up."""
     threads: int
-    """As the system's limit of processes counts them."""
+    """As the system's limits count them."""
     files: int
     """That Ray's own process of a node holds open for it."""
 
 
-PLAIN = Cost(num_bytes=400_000_000, start_core_s=2.0, threads=25, files=3)
+PLAIN = Cost(num_bytes=400_000_000, server_bytes=0, start_core_s=2.0, threads=25, files=4)
 """Ray's own worker: it imports torch and ray by itself."""
-FORKED = Cost(num_bytes=50_000_000, start_core_s=0.25, threads=25, files=3)
+FORKED = Cost(num_bytes=50_000_000, server_bytes=300_000_000, start_core_s=0.25, threads=25, files=4)
 """A child of the fork server, which shares with it what both only read."""
 COSTS = {"plain": PLAIN, "fork": FORKED}
 
-FORK_SERVER_BYTES = 300_000_000
 BASE_THREADS, BASE_FILES = 250, 100
 """Of the driver and of Ray's own processes."""

@@ -29,9 +29,13 @@ def capacity(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...]) -> int:
 def room(num_cpus: float, num_gpus: float, nodes: tuple[Node, ...], cost: Cost) -> int:
     """As `capacity`, within the memory and the limits of each node."""
     return sum(
-        min(capacity(num_cpus, num_gpus, (node,)), node.memory_bytes // cost.num_bytes, max(1, allowed(node, cost)))
-        for node in nodes
+        min(capacity(num_cpus, num_gpus, (node,)), held_by_memory(node, cost), allowed(node, cost)) for node in nodes
     )
+
+
+def held_by_memory(node: Node, cost: Cost) -> int:
+    """How many actors the free memory of a node holds."""
+    return max(0, node.memory_bytes - cost.server_bytes) // cost.num_bytes
 
 
 def allowed(node: Node, cost: Cost) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 
-_UNLIMITED = 10**9
+from fedsim.placement.system import UNLIMITED, file_limit, thread_limit
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class Node:
     """Free memory."""
     gpu_memory_bytes: int = 0
     """Of each GPU; 0 where it is not known."""
-    max_threads: int = _UNLIMITED
-    """That this user may start, all processes together."""
-    max_files: int = _UNLIMITED
+    max_threads: int = UNLIMITED
+    """That a run may have, all its processes together."""
+    threads_limit: str = "ulimit -u"
+    """What limits them."""
+    max_files: int = UNLIMITED
     """That a process may open."""
     fork_obstacle: str = "fedsim did not start this Ray"
     """Why actors cannot be forked here; "" if they can."""
@@ -40,23 +42,15 @@ def local_node() -> Node:
 
 def cpu_node() -> Node:
     """This machine without its GPUs, which only torch can count: it need not be imported yet."""
+    max_threads, threads_limit = thread_limit()
     return Node(
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         num_gpus=0,
         memory_bytes=psutil.virtual_memory().available,
-        max_threads=_limit("RLIMIT_NPROC"),
-        max_files=_limit("RLIMIT_NOFILE"),
+        max_threads=max_threads,
+        threads_limit=threads_limit,
+        max_files=file_limit(),
     )
-
-
-def _limit(name: str) -> int:
-    """A soft limit of the system, for this process."""
-    try:
-        import resource  # not on every system
-    except ImportError:
-        return _UNLIMITED
-    limit = resource.getrlimit(getattr(resource, name))[0]
-    return _UNLIMITED if limit == resource.RLIM_INFINITY else int(limit)
 
 
 def _gpu_memory_bytes() -> int:

@@ -5,13 +5,15 @@ Nothing here changes a result, only where and when it is computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsim.config import PlacementConfig
 from fedsim.errors import PlanError
-from fedsim.placement.costs import BASE_FILES, BASE_THREADS, COSTS, FORK_SERVER_BYTES, PLAIN, Cost
-from fedsim.placement.limits import UNITS, allowed, capacity, room
+from fedsim.placement.costs import BASE_FILES, BASE_THREADS, COSTS, PLAIN, Cost
+from fedsim.placement.limits import allowed, held_by_memory
 from fedsim.placement.machine import Node
+from fedsim.placement.shares import cpu_share, fitting, gpu_share
+from fedsim.placement.system import UNLIMITED
 
 GPU_ACTOR_BYTES = 600_000_000
 """GPU memory of an actor before it holds a model: its CUDA context and libraries."""
@@ -39,31 +41,31 @@ class Size:
     """loop or stacked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """How the clients are placed; `reasons` says why, for a person."""
 
     mode: str
     """actor-per-client, packed or serial."""
-    num_actors: int
-    """0 in serial mode."""
-    num_cpus: float
+    num_actors: int = 0
+    """0 in serial mode, which has nothing of what is said of actors."""
+    num_cpus: float = 0.0
     """CPUs each actor is pinned to."""
-    num_gpus: float
+    num_gpus: float = 0.0
     """GPUs each actor is pinned to."""
     threads: int
     """Torch threads of each actor."""
-    start: str
+    start: str = ""
     """How the actors start: fork or plain."""
-    or_plain: bool
+    or_plain: bool = False
     """Whether plain actors would fit too: what forked ones become where forking fails."""
     stack_size: int
     """At most so many clients train in one computation."""
-    actor_bytes: int
+    actor_bytes: int = 0
     """Memory that Ray reserves for each actor: on several nodes, so that none is filled beyond its memory; else 0."""
     memory_bytes: int
     """Predicted memory of all actors and of a round's updates."""
-    start_s: float
+    start_s: float = 0.0
     """Predicted seconds until the actors are up."""
     reasons: tuple[str, ...]
 
@@ -81,49 +83,52 @@ def make_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]) -
     """
     reasons: list[str] = []
     if placement.mode == "serial":
-        reasons.append("serial: as asked for, no Ray")
-        if placement.start == "fork":
-            raise PlanError("serial mode starts no actors: there is nothing to fork; leave placement.start at auto")
-        free = sum(node.memory_bytes for node in nodes)
-        if _round_bytes(size) > free:
-            raise PlanError(
-                f"the {size.cohort_size:,} updates of a round are {_gb(_round_bytes(size))}, but {_gb(free)} are free; "
-                "set a smaller clients.per_round"
-            )
-        stack = _stack_size(placement, size, size.cohort_size, 0.0, 0, reasons)
-        return Plan(
-            "serial", 0, 0.0, 0.0, placement.threads, "", False, stack, 0, _round_bytes(size), 0.0, tuple(reasons)
-        )
-
+        return _serial_plan(placement, size, nodes, reasons)
     start = _start(placement, nodes, reasons)
-    cost = COSTS[start]
+    cost = replace(COSTS[start], threads=COSTS[start].threads + placement.threads - 1)  # it has one of torch's
     mode = _mode(placement, size, nodes, cost, reasons)
     actors = _num_actors(placement, size, nodes, mode, cost, reasons)
+    _check_limits(actors, nodes, cost)
     _check_memory(actors, size, nodes, cost)
-    num_gpus = _gpu_share(placement, actors, nodes, reasons)
-    num_cpus = _cpu_share(placement, actors, num_gpus, nodes, cost)
+    num_gpus = gpu_share(placement, actors, nodes, reasons)
+    num_cpus = cpu_share(placement, actors, num_gpus, nodes, cost)
     stack = 1
     if mode == "packed":
         of_actor = -(-size.cohort_size // actors)
         stack = _stack_size(placement, size, of_actor, num_gpus, _gpu_bytes(nodes), reasons)
     _check_gpu_memory(num_gpus, stack, size, nodes)
-    memory = _memory_bytes(actors, size, cost)
-    start_s = _start_s(actors, sum(node.num_cpus for node in nodes), cost)
-    or_plain = _memory_bytes(actors, size, PLAIN) <= sum(node.memory_bytes for node in nodes)
-    reserved = cost.num_bytes if len(nodes) > 1 else 0
     return Plan(
-        mode,
-        actors,
-        num_cpus,
-        num_gpus,
-        placement.threads,
-        start,
-        or_plain,
-        stack,
-        reserved,
-        memory,
-        start_s,
-        tuple(reasons),
+        mode=mode,
+        num_actors=actors,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+        threads=placement.threads,
+        start=start,
+        or_plain=actors <= _held_by_memory(size, nodes, PLAIN),
+        stack_size=stack,
+        actor_bytes=cost.num_bytes if len(nodes) > 1 else 0,
+        memory_bytes=_memory_bytes(actors, size, nodes, cost),
+        start_s=_start_s(actors, nodes, cost),
+        reasons=tuple(reasons),
+    )
+
+
+def _serial_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], reasons: list[str]) -> Plan:
+    if placement.start == "fork":
+        raise PlanError("serial mode starts no actors: there is nothing to fork; leave placement.start at auto")
+    reasons.append("serial: as asked for, no Ray")
+    if _round_bytes(size) > _free_bytes(nodes):
+        raise PlanError(
+            f"the {size.cohort_size:,} updates of a round are {_gb(_round_bytes(size))}, "
+            f"but {_gb(_free_bytes(nodes))} are free; set a smaller clients.per_round"
+        )
+    stack = _stack_size(placement, size, size.cohort_size, 0.0, 0, reasons)
+    return Plan(
+        mode="serial",
+        threads=placement.threads,
+        stack_size=stack,
+        memory_bytes=_round_bytes(size),
+        reasons=tuple(reasons),
     )
 
 
@@ -149,10 +154,8 @@ def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], cost:
     if placement.actors != "auto":
         reasons.append(f"packed: {placement.actors} actors as asked for")
         return "packed"
-    clients, free = size.num_clients, sum(node.memory_bytes for node in nodes)
-    start_s = _start_s(clients, sum(node.num_cpus for node in nodes), cost)
-    needed = _memory_bytes(clients, size, cost)
-    most = _most(placement, nodes, cost)
+    clients, free, most = size.num_clients, _free_bytes(nodes), fitting(placement, nodes, cost)
+    start_s, needed = _start_s(clients, nodes, cost), _memory_bytes(clients, size, nodes, cost)
     mode = "actor-per-client" if start_s < START_BUDGET_S and needed <= free / 2 and clients <= most else "packed"
     reasons.append(
         f"{mode}: an actor for each of {clients:,} clients would start in about {start_s:.0f} s "
@@ -165,7 +168,6 @@ def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], cost:
 def _num_actors(
     placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], mode: str, cost: Cost, reasons: list[str]
 ) -> int:
-    most = sum(allowed(node, cost) for node in nodes)
     if mode == "actor-per-client":
         actors = size.num_clients
         if placement.actors not in ("auto", actors):
@@ -174,29 +176,40 @@ def _num_actors(
                 'leave it at "auto", or set placement.mode=packed'
             )
     elif placement.actors == "auto":
-        cores = sum(min(int(node.num_cpus), room(0, 0, (node,), cost)) for node in nodes)
-        actors = max(1, min(cores, size.cohort_size, _most(placement, nodes, cost)))
+        cores = sum(min(int(node.num_cpus), fitting(placement, (node,), cost)) for node in nodes)
+        actors = max(1, min(cores, size.cohort_size, _held_by_memory(size, nodes, cost)))
         reasons.append(f"{actors} actors: one a core, and no more than fit or than the {size.cohort_size:,} of a round")
     else:
         actors = min(placement.actors, size.num_clients)
         if actors < placement.actors:
             reasons.append(f"{actors} actors: no more than there are clients")
-    if actors > max(1, most):
-        raise PlanError(
-            f"{actors:,} actors need about {BASE_THREADS + actors * cost.threads:,} threads and "
-            f"{BASE_FILES + actors * cost.files:,} open files; the limits (ulimit -u, ulimit -n) allow {most:,} "
-            "actors: raise them, or set placement.mode=packed or fewer placement.actors"
-        )
     return actors
 
 
-def _check_memory(actors: int, size: Size, nodes: tuple[Node, ...], cost: Cost) -> None:
-    free, memory = sum(node.memory_bytes for node in nodes), _memory_bytes(actors, size, cost)
-    if memory > free or actors > sum(node.memory_bytes // cost.num_bytes for node in nodes):
+def _check_limits(actors: int, nodes: tuple[Node, ...], cost: Cost) -> None:
+    most = sum(allowed(node, cost) for node in nodes)
+    if actors > most:
+        threads = [f"{n.max_threads:,} threads ({n.threads_limit})" for n in nodes if n.max_threads < UNLIMITED]
+        files = [f"{n.max_files:,} open files (ulimit -n)" for n in nodes if n.max_files < UNLIMITED]
         raise PlanError(
-            f"{actors:,} actors need about {_gb(memory)} of memory ({_gb(cost.num_bytes)} each), but {_gb(free)} are "
-            "free; set placement.mode=packed or fewer placement.actors"
+            f"{actors:,} actors need about {BASE_THREADS + actors * cost.threads:,} threads and "
+            f"{BASE_FILES + actors * cost.files:,} open files; the limits leave {' and '.join([*threads, *files])}, "
+            f"which allow {most:,} actors: raise them, or {_advice(most)}"
         )
+
+
+def _check_memory(actors: int, size: Size, nodes: tuple[Node, ...], cost: Cost) -> None:
+    most = _held_by_memory(size, nodes, cost)
+    if actors > most:
+        server = f", and {_gb(cost.server_bytes)} for what they are forked from" if cost.server_bytes else ""
+        raise PlanError(
+            f"{actors:,} actors need about {_gb(_memory_bytes(actors, size, nodes, cost))} of memory "
+            f"({_gb(cost.num_bytes)} each{server}), but {_gb(_free_bytes(nodes))} are free; {_advice(most)}"
+        )
+
+
+def _advice(most: int) -> str:
+    return "set placement.mode=packed or fewer placement.actors" if most else "set placement.mode=serial"
 
 
 def _check_gpu_memory(num_gpus: float, stack: int, size: Size, nodes: tuple[Node, ...]) -> None:
@@ -229,48 +242,19 @@ def _round_bytes(size: Size) -> int:
     return size.cohort_size * size.model_bytes  # the matrix [K, D] of a round
 
 
-def _memory_bytes(actors: int, size: Size, cost: Cost) -> int:
+def _free_bytes(nodes: tuple[Node, ...]) -> int:
+    return sum(node.memory_bytes for node in nodes)
+
+
+def _memory_bytes(actors: int, size: Size, nodes: tuple[Node, ...], cost: Cost) -> int:
     """Of all actors, of what they are forked from, and of a round."""
-    return actors * cost.num_bytes + (0 if cost is PLAIN else FORK_SERVER_BYTES) + _round_bytes(size)
+    return actors * cost.num_bytes + len(nodes) * cost.server_bytes + _round_bytes(size)
 
 
-def _most(placement: PlacementConfig, nodes: tuple[Node, ...], cost: Cost) -> int:
-    """How many actors of the asked share fit, within all limits of each node."""
-    cpus = 0.0 if placement.num_cpus == "auto" else placement.num_cpus
-    gpus = 0.0 if placement.num_gpus == "auto" else placement.num_gpus
-    return room(cpus, gpus, nodes, cost)
-
-
-def _gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...], reasons: list[str]) -> float:
-    gpus = int(sum(node.num_gpus for node in nodes))
-    share = _floor(1 / -(-actors // gpus)) if gpus else 0.0  # a share lies on one device
-    if placement.num_gpus == "auto":
-        if gpus:
-            reasons.append(f"CPU only: {gpus:g} GPU found, not used unless asked for (placement.num_gpus={share:g})")
-        return 0.0
-    if capacity(0, placement.num_gpus, nodes) < actors:
-        raise PlanError(
-            f"{actors} actors of {placement.num_gpus:g} GPU each do not fit {gpus:g} GPUs"
-            + (f"; at most {share:g} each" if gpus else "; set placement.num_gpus=0")
-        )
-    return placement.num_gpus
-
-
-def _cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: tuple[Node, ...], cost: Cost) -> float:
-    # the largest share, up to one core, of which enough fit, node by node
-    shares = {_floor(min(1.0, node.num_cpus / k)) for node in nodes for k in range(1, actors + 1)}
-    best = max((s for s in shares if s > 0 and room(s, num_gpus, nodes, cost) >= actors), default=0.0)
-    cpus = " + ".join(f"{node.num_cpus:g}" for node in nodes)
-    if placement.num_cpus == "auto":
-        if not best:
-            raise PlanError(f"{actors} actors do not fit {cpus} CPUs: Ray's smallest share is 0.0001; set fewer actors")
-        return best
-    if room(placement.num_cpus, num_gpus, nodes, cost) < actors:
-        raise PlanError(
-            f"{actors} actors of {placement.num_cpus:g} CPU each need {actors * placement.num_cpus:g} CPUs, "
-            f"but there are {cpus}; at most {best:g} each"
-        )
-    return placement.num_cpus
+def _held_by_memory(size: Size, nodes: tuple[Node, ...], cost: Cost) -> int:
+    """How many actors fit the memory, that of each node and, beside a round, all together."""
+    beside_round = (_free_bytes(nodes) - _memory_bytes(0, size, nodes, cost)) // cost.num_bytes
+    return max(0, min(beside_round, sum(held_by_memory(node, cost) for node in nodes)))
 
 
 def _gpu_bytes(nodes: tuple[Node, ...]) -> int:
@@ -278,13 +262,9 @@ def _gpu_bytes(nodes: tuple[Node, ...]) -> int:
     return min((node.gpu_memory_bytes for node in nodes if node.gpu_memory_bytes), default=0)
 
 
-def _start_s(actors: int, cpus: float, cost: Cost) -> float:
-    return actors * cost.start_core_s / max(1.0, min(cpus, actors))
-
-
-def _floor(share: float) -> float:
-    return int(share * UNITS + 1e-9) / UNITS
+def _start_s(actors: int, nodes: tuple[Node, ...], cost: Cost) -> float:
+    return actors * cost.start_core_s / max(1.0, min(sum(node.num_cpus for node in nodes), actors))
 
 
 def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,0 +1,61 @@
+"""The share of its node that each actor is pinned to."""
+
+from __future__ import annotations
+
+from fedsim.config import PlacementConfig
+from fedsim.errors import PlanError
+from fedsim.placement.costs import Cost
+from fedsim.placement.limits import UNITS, capacity, room
+from fedsim.placement.machine import Node
+
+
+def fitting(placement: PlacementConfig, nodes: tuple[Node, ...], cost: Cost) -> int:
+    """How many actors of the asked share fit, within all limits of each node."""
+    cpus = 0.0 if placement.num_cpus == "auto" else placement.num_cpus
+    gpus = 0.0 if placement.num_gpus == "auto" else placement.num_gpus
+    return room(cpus, gpus, nodes, cost)
+
+
+def gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...], reasons: list[str]) -> float:
+    """GPUs of each actor: none unless asked for.
+
+    Raises:
+        PlanError: what is asked for is not there.
+    """
+    gpus = int(sum(node.num_gpus for node in nodes))
+    share = _floor(1 / -(-actors // gpus)) if gpus else 0.0  # a share lies on one device
+    if placement.num_gpus == "auto":
+        if gpus:
+            reasons.append(f"CPU only: {gpus:g} GPU found, not used unless asked for (placement.num_gpus={share:g})")
+        return 0.0
+    if capacity(0, placement.num_gpus, nodes) < actors:
+        raise PlanError(
+            f"{actors} actors of {placement.num_gpus:g} GPU each do not fit {gpus:g} GPUs"
+            + (f"; at most {share:g} each" if gpus else "; set placement.num_gpus=0")
+        )
+    return placement.num_gpus
+
+
+def cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: tuple[Node, ...], cost: Cost) -> float:
+    """CPUs of each actor: what is asked for, or the largest share, up to one core, of which enough fit, node by node.
+
+    Raises:
+        PlanError: what is asked for is not there, or there is less of a CPU for each actor than Ray can count.
+    """
+    shares = {_floor(min(1.0, node.num_cpus / k)) for node in nodes for k in range(1, actors + 1)}
+    best = max((s for s in shares if s > 0 and room(s, num_gpus, nodes, cost) >= actors), default=0.0)
+    cpus = " + ".join(f"{node.num_cpus:g}" for node in nodes)
+    if placement.num_cpus == "auto":
+        if not best:
+            raise PlanError(f"{actors} actors do not fit {cpus} CPUs: Ray's smallest share is 0.0001; set fewer actors")
+        return best
+    if room(placement.num_cpus, num_gpus, nodes, cost) < actors:
+        raise PlanError(
+            f"{actors} actors of {placement.num_cpus:g} CPU each need {actors * placement.num_cpus:g} CPUs, "
+            f"but there are {cpus}; at most {best:g} each"
+        )
+    return placement.num_cpus
+
+
+def _floor(share: float) -> float:
+    return int(share * UNITS + 1e-9) / UNITS
