@@ -55,7 +55,14 @@ LAYERS = (
         "placement",
         "resolution",
     ),
-    ("forkserver", "forkserver.launcher", "forkserver.rehearsal", "forkserver.server", "forkserver.registered"),
+    (
+        "forkserver",
+        "forkserver.launcher",
+        "forkserver.rehearsal",
+        "forkserver.worker",
+        "forkserver.server",
+        "forkserver.registered",
+    ),
     (
         "checkpoint",
         "results.writer",

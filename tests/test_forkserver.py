@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from fedsim import forkserver
-from fedsim.forkserver import LAUNCHER, ForkServer, server
+from fedsim.forkserver import LAUNCHER, ForkServer, worker
 
 pytestmark = pytest.mark.skipif(not forkserver.is_supported(), reason="forking is for Linux")
 
@@ -337,25 +338,32 @@ def test_nobody_else_sees_the_environment_or_reaches_the_socket(world):
 
 
 def test_another_users_request_is_not_answered(world, monkeypatch):
-    import socket
-
     one, other = socket.socketpair()
     with one, other:
         socket.send_fds(other, [b"?"], [0, 1, 2])
         monkeypatch.setattr(os, "getuid", lambda: 12345)
-        assert server._receive(one) is None
+        assert worker.receive(one) == []
 
 
-@pytest.mark.parametrize("message", [b"", b"?"])
-def test_nonsense_at_the_socket_is_ignored(world, message):
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as stranger:
-        stranger.connect(str(world.home / "socket"))
-        stranger.send(message)
-        stranger.close()
-    world.launch("one")
+@pytest.mark.parametrize("files", [0, 2, 3])
+def test_nonsense_at_the_socket_is_ignored_and_costs_nothing(world, files):
+    world.launch("one", "end")
     assert world.seen("one").parent == world.pid
+    process = psutil.Process(world.pid)
+    wait_until(lambda: not process.children())
+    before = process.num_fds()
+    for message in (b"", b"?") * 3:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(world.home / "socket"))
+            if files and message:
+                socket.send_fds(stranger, [message], list(range(files)))
+            else:
+                stranger.send(message)
+    world.launch("two", RAY_OTHER="1")  # is refused
+    assert world.seen("two").parent == os.getpid()
+    world.launch("three", "end")
+    assert world.seen("three").parent == world.pid
+    wait_until(lambda: process.num_fds() == before)
 
 
 # ---------------------------------------------------------------- what it says of itself

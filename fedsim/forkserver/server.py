@@ -7,7 +7,6 @@ settings when it is loaded, and keeps them. Workers with other settings are not 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
@@ -16,14 +15,12 @@ import selectors
 import shutil
 import signal
 import socket
-import struct
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from fedsim.forkserver import LAUNCHER
 from fedsim.forkserver.rehearsal import rehearse
+from fedsim.forkserver.worker import Request, read_request, receive, turn_into_worker
 
 _BEFORE = ("pyarrow", "fedsim.client")
 """Imported before anybody asks."""
@@ -35,26 +32,6 @@ _WITH_RAY = (
 )
 """Imported for the first worker: what each would import by itself."""
 _TEST_S = 10.0
-_PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A launcher, and all in which its worker is to be like it."""
-
-    launcher: socket.socket
-    standard: tuple[int, ...]
-    """Its standard input, output and error."""
-    arguments: list[str]
-    environment: dict[bytes, bytes]
-    folder: str
-    group: int
-    oom_score: str
-
-    @property
-    def settings(self) -> dict[bytes, bytes]:
-        """What Ray's library reads when it is loaded."""
-        return {name: value for name, value in self.environment.items() if name.startswith(b"RAY_")}
 
 
 def main(address: str, driver: int) -> None:
@@ -74,7 +51,7 @@ def main(address: str, driver: int) -> None:
         server.close()
         raise
     print("ready", flush=True)
-    _turn_into_worker(server.serve(), pid)
+    turn_into_worker(server.serve(), pid)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -143,11 +120,11 @@ class _Server:
         if os.getppid() != driver:  # it has ended already
             self._end()
 
-    def serve(self) -> _Request:
+    def serve(self) -> Request:
         """Forks on request; returns, in each child, the request."""
         while True:
             for key, _ in self._selector.select():
-                request: _Request | None = key.data()
+                request: Request | None = key.data()
                 if request is not None:
                     return request
 
@@ -171,18 +148,19 @@ class _Server:
         self.close()
         os._exit(0)
 
-    def _answer(self) -> _Request | None:
+    def _answer(self) -> Request | None:
         launcher, _ = self._listener.accept()
-        request = _receive(launcher)
-        if request is None or not self._has_its_ray(request):
-            launcher.close()
-            return None
-        child = os.fork()
+        standard = receive(launcher)
+        request = read_request(launcher, standard) if len(standard) == 3 else None
+        child = os.fork() if request and self._has_its_ray(request) else None
         if child == 0:
             self._let_go()
             return request
-        for file in request.standard:
+        for file in standard:
             os.close(file)
+        if child is None:
+            launcher.close()
+            return None
         self._children.add(child)
         self._launchers[child] = launcher
         self._selector.register(launcher, selectors.EVENT_READ, lambda: self._take_leave(child))
@@ -190,7 +168,7 @@ class _Server:
             launcher.send(b"f")
         return None
 
-    def _has_its_ray(self, request: _Request) -> bool:
+    def _has_its_ray(self, request: Request) -> bool:
         """Whether Ray is loaded with the settings of the request; the first one decides them."""
         if self._settings is None:
             self._settings = request.settings
@@ -235,52 +213,3 @@ class _Server:
             end.close()
         for file in self._watched:
             os.close(file)
-
-
-def _receive(launcher: socket.socket) -> _Request | None:
-    """What a launcher asks for; None if it is gone, or is another user's."""
-    launcher.settimeout(1.0)
-    with contextlib.suppress(OSError, ValueError):
-        credentials = launcher.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        pid, user, _ = struct.unpack("3i", credentials)
-        if user != os.getuid():
-            return None
-        _, standard, _, _ = socket.recv_fds(launcher, 1, 3)
-        if len(standard) != 3:
-            return None
-        process = Path(f"/proc/{pid}")
-        arguments = [os.fsdecode(word) for word in (process / "cmdline").read_bytes().split(b"\0")[:-1]]
-        pairs = [pair.partition(b"=") for pair in (process / "environ").read_bytes().split(b"\0")[:-1]]
-        return _Request(
-            launcher,
-            tuple(standard),
-            arguments[arguments.index(str(LAUNCHER)) + 1 :],
-            {name: value for name, _, value in pairs},
-            str((process / "cwd").readlink()),
-            os.getpgid(pid),
-            (process / "oom_score_adj").read_text(),
-        )
-    return None
-
-
-def _turn_into_worker(request: _Request, server: int) -> None:
-    """Gives this process, a child of the server, everything that Ray's worker would have."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:  # it ended before it could be bound to it
-        os._exit(1)
-    try:
-        os.setpgid(0, request.group)  # Ray ends a worker with its group
-    except OSError:
-        os.setpgid(0, 0)
-    Path("/proc/self/oom_score_adj").write_text(request.oom_score)
-    for number, file in enumerate(request.standard):
-        os.dup2(file, number)
-        os.close(file)
-    os.chdir(request.folder)
-    worker = os.fsdecode(request.environment[b"FEDSIM_WORKER"])
-    os.environb.clear()
-    os.environb.update({k: v for k, v in request.environment.items() if not k.startswith(b"FEDSIM_")})
-    os.environ["FEDSIM_FORKED"] = "1"
-    os.environ["FEDSIM_LAUNCHER"] = str(request.launcher.detach())
-    sys.argv = [worker, *request.arguments]
-    sys.path.insert(0, os.path.dirname(worker))  # noqa: PTH120
