@@ -783,7 +783,7 @@ def test_plan_gives_each_actor_its_share_and_starts_none(call, workplace):
     options = sets("data.dataset=synthetic", "clients.count=2", "placement.num_cpus=0.25")
     answer = call("plan", *options, *sets("placement.mode=actor-per-client"))
     assert (answer.code, answer.err) == (0, "")
-    assert "2, each with 0.25 CPU and 1 thread" in answer.out
+    assert "2 forked, each with 0.25 CPU and 1 thread" in answer.out
     assert "actor-per-client" in answer.out
     assert listing(workplace) == {}
 

@@ -232,7 +232,7 @@ def _plan_rows(made: Plan, engine: str) -> dict[str, str]:
     if made.num_actors:
         share = f"{made.num_cpus:g} CPU" + (f" and {made.num_gpus:g} GPU" if made.num_gpus else "")
         started = "forked" if made.start == "fork" else "plain"
-        rows["actors"] = f"{made.num_actors:,} {started} ones, each with {share} and {made.threads} thread(s)"
+        rows["actors"] = f"{made.num_actors:,} {started}, each with {share} and {made.threads} thread(s)"
         rows["start-up"] = f"about {made.start_s:.0f} s"
     rows["memory"] = f"about {made.memory_bytes / 1e9:.1f} GB" + ("" if made.num_actors else " of updates in a round")
     rows["because"] = "; ".join(made.reasons)
