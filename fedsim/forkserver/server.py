@@ -47,11 +47,12 @@ def main(address: str, driver: int) -> None:
         rehearse()
         _settle()
         _test()
-    except BaseException:
+        print("ready", flush=True)
+        request = server.serve()
+    except BaseException:  # in this process, not in a child of it
         server.close()
         raise
-    print("ready", flush=True)
-    turn_into_worker(server.serve(), pid)
+    turn_into_worker(request, pid)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
