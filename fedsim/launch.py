@@ -80,6 +80,8 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
             plan = _plan(x, *nodes)
         elif plan.start == "fork" and private.fork_obstacle():
             plan = _plan(x, _this_machine(x))
+        if is_alone and (plan.start == "plain" or plan.or_plain):
+            private.allow_plain()
         if not connection.has_room(plan):  # others use this Ray: what is left must do, or the plan is refused
             plan = _plan(x, *connection.free_nodes())
         yield plan

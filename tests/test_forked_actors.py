@@ -244,6 +244,13 @@ def test_an_interrupted_command_leaves_nothing_behind(tmp_path):
     wait_until(lambda: all(is_gone(child.pid) for child in children))
 
 
+NO_FORK_FROM_THE_SERVER = """
+import os, sys
+if any("forkserver.server" in word for word in sys.orig_argv):
+    os.register_at_fork(after_in_child=lambda: os._exit(7))
+"""
+
+
 class TestOwnRay:
     """Each with a Ray of its own, after the shared one has ended."""
 
@@ -277,6 +284,7 @@ class TestOwnRay:
         assert results_of(recording.run) == results_of(reference)
 
     def test_without_room_for_plain_actors_a_dead_server_ends_the_run(self, monkeypatch):
+        monkeypatch.setattr(private, "allow_plain", lambda: None)
         monkeypatch.setattr(
             private, "ForkServer", lambda worker, or_plain: forkserver.ForkServer(worker, or_plain=False)
         )
@@ -294,6 +302,19 @@ class TestOwnRay:
             "machine; start again, or set placement.mode=packed"
         )
 
+    @pytest.mark.parametrize("clients", [4, 60])  # as plain actors, 60 would not be planned, nor fit
+    def test_an_early_ray_is_of_use_to_a_plan_that_was_made_anew(self, monkeypatch, tmp_path, clients):
+        (tmp_path / "sitecustomize.py").write_text(NO_FORK_FROM_THE_SERVER)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        command = [sys.executable, "-m", "fedsim", "run", "seed", "--set", "data.dataset=synthetic"]
+        changes = ["placement.mode=auto", "rounds=1", f"clients.count={clients}"]
+        answer = subprocess.run(
+            [*command, *[part for change in changes for part in ("--set", change)]],
+            capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False,
+        )  # fmt: skip
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert fedsim.load_run(tmp_path / "results/seed").info["placement"]["start"] == "plain"
+
     def test_a_self_test_that_fails_means_plain_actors_and_the_plan_says_so(self, monkeypatch, tmp_path, reference):
         (tmp_path / "sitecustomize.py").write_text("import os\nos.register_at_fork(after_in_child=lambda: os._exit(7))")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -304,8 +325,9 @@ class TestOwnRay:
         )
         with pytest.raises(PlanError, match="cannot be forked here: RuntimeError: a forked process failed"):
             preview(prepare(TINY.override({"placement.start": "fork"})))
-        with own_ray() as (_, plan, _):
+        with own_ray() as (_, plan, server):
             assert plan == made
+            server.or_plain = False
             with warnings.catch_warnings():
                 warnings.simplefilter("error", FedsimWarning)  # it was planned so
                 assert results_of(fedsim.run(TINY, results=None)) == results_of(reference)
@@ -336,6 +358,20 @@ def test_the_callers_own_ray_gets_plain_actors(shared_ray):
     with connect(prepare(TINY)) as plan:
         assert plan.start == "plain"
     assert all(node.fork_obstacle for node in connection.free_nodes())
+
+
+def test_what_the_user_sets_for_ray_stays_and_does_not_get_in_the_way(monkeypatch):
+    server = type("Server", (), {"environment": {"FEDSIM_FORK_SERVER": "here"}})()
+    monkeypatch.setenv("FEDSIM_FORK_SERVER", "of another")
+    monkeypatch.setenv("RAY_preload_python_modules", "json")
+    monkeypatch.setenv("RAY_worker_niceness", "3")
+    before = dict(os.environ)
+    with private._environment(server):
+        assert os.environ["FEDSIM_FORK_SERVER"] == "here"
+        assert os.environ["RAY_preload_python_modules"] == "json,fedsim.forkserver.registered"
+        assert os.environ["RAY_worker_niceness"] == "3"
+        assert os.environ["RAY_prestart_worker_first_driver"] == "0"
+    assert dict(os.environ) == before
 
 
 @pytest.mark.slow

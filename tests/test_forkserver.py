@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -32,6 +33,8 @@ seen = {
     "folder": os.getcwd(), "environment": dict(os.environ), "files": sorted(os.listdir("/proc/self/fd"), key=int),
     "threads": len(os.listdir("/proc/self/task")), "oom": open("/proc/self/oom_score_adj").read().strip(),
     "terminates": __import__("signal").getsignal(15) == 0, "main": __name__, "path": sys.path[0],
+    "limit": __import__("resource").getrlimit(7),
+    "drawn": sys.modules["numpy"].random.randint(10**9) if "numpy" in sys.modules else None,
 }
 file = pathlib.Path(sys.argv[1])
 file.with_suffix(".part").write_text(json.dumps(seen))
@@ -151,6 +154,49 @@ def test_it_takes_the_score_by_which_the_system_chooses_when_memory_ends(world):
     assert other.wait(10) == 0
 
 
+def test_no_two_draw_the_same_where_plain_ones_would_not(world):
+    """From numpy's own generator; Python's and torch's see to it by themselves, or are alike in plain workers too."""
+    for name in ("one", "two", "three"):
+        world.launch(name)
+    assert len({world.seen(name).drawn for name in ("one", "two", "three")}) == 3
+
+
+def test_it_may_open_as_many_files_as_its_launcher(world):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 7, hard))
+        world.launch("one")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert world.seen("one").limit == [soft - 7, hard]
+
+
+def test_variables_of_the_user_that_begin_like_the_servers_are_kept(world):
+    world.launch("one", FEDSIM_DATA="here")
+    assert world.seen("one").environment["FEDSIM_DATA"] == "here"
+    world.launch("two", FEDSIM_DATA="here", RAY_OTHER="1")
+    assert world.seen("two").environment["FEDSIM_DATA"] == "here"
+
+
+def test_a_plain_worker_is_not_started_for_a_ray_that_has_ended(world):
+    world.launch("one")
+    world.seen("one")
+    world.raylet.kill()
+    world.raylet.wait()
+    launcher = world.launch("two")
+    assert launcher.wait(10) == 1
+    assert "ProcessLookupError" in (world.folder / "two.out").read_text()
+
+
+def test_paths_that_are_no_strings_are_left_out_as_python_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    world = World(tmp_path)
+    try:
+        assert world.server.obstacle() == ""
+    finally:
+        world.close()
+
+
 def test_other_settings_of_ray_make_a_plain_worker(world):
     """Ray's library reads them when it is loaded, which it is."""
     world.launch("one")
@@ -158,7 +204,7 @@ def test_other_settings_of_ray_make_a_plain_worker(world):
     launcher = world.launch("two", RAY_OTHER="1")
     seen = world.seen("two")
     assert (seen.pid, seen.loaded, seen.arguments[1:]) == (launcher.pid, [], [])
-    assert not any(name.startswith("FEDSIM_") for name in seen.environment)
+    assert not any(name.startswith("FEDSIM_") and name not in os.environ for name in seen.environment)
     world.launch("three")
     assert world.seen("three").parent == world.pid
 
@@ -293,6 +339,27 @@ def test_where_plain_workers_do_not_fit_none_is_started_and_the_driver_can_know(
         }.get(trouble)
     finally:
         world.close()
+
+
+def test_plain_workers_can_be_allowed_later(tmp_path):
+    """When a plan is made anew, with fewer of them."""
+    world = World(tmp_path, or_plain=False)
+    try:
+        assert world.server.obstacle() == ""
+        world.server.allow_plain()
+        os.kill(world.pid, signal.SIGKILL)
+        launcher = world.launch("one")
+        assert world.seen("one").pid == launcher.pid
+        assert world.server.or_plain
+        world.server._process.wait()
+        (world.home / "plain").unlink()
+        (world.home / "socket").unlink()
+        world.home.rmdir()
+        world.server.allow_plain()
+        assert stat.S_IMODE(world.home.stat().st_mode) == 0o700
+    finally:
+        world.close()
+    assert not world.home.exists()
 
 
 @pytest.mark.slow

@@ -55,6 +55,12 @@ def fork_obstacle() -> str:
     return _running.fork_server.obstacle() if _running.fork_server else "this Ray was started for plain actors"
 
 
+def allow_plain() -> None:
+    """Lets workers that cannot be forked start as plain ones: a plan that was made since has room for them."""
+    if _running and _running.fork_server:
+        _running.fork_server.allow_plain()
+
+
 def fork_failure() -> str:
     """Why no actors start any more: they can be neither forked nor, as too many, plain; "" as long as they do."""
     server = _running.fork_server if _running else None
@@ -153,21 +159,26 @@ def _environment(server: ForkServer | None) -> Iterator[None]:
         "RAY_worker_niceness": "0",  # the clients are the work, not a background job
         "RAY_preload_python_modules": "fedsim.client",  # torch: workers import it before they are asked for
     }
+    own: dict[str, str] = {}
     if server:
         settings |= {
             # a child waits for others more than it works, and more than these would keep the server from its turn
             "RAY_worker_maximum_startup_concurrency": str(4 * (os.cpu_count() or 1)),
             "RAY_prestart_worker_first_driver": "0",  # these would have other settings than those for actors
-            "RAY_preload_python_modules": "fedsim.client,fedsim.forkserver.registered",
-            **server.environment,
+            "RAY_worker_register_timeout_seconds": "20",  # a worker that dies just then is noticed only after it
         }
-    added = [name for name in settings if name not in os.environ]
-    os.environ.update({name: settings[name] for name in added})
+        modules = os.environ.get("RAY_preload_python_modules", "fedsim.client")
+        own = server.environment | {"RAY_preload_python_modules": f"{modules},fedsim.forkserver.registered"}
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in settings.items() if name not in before} | own)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name in {**settings, **own}:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 @contextlib.contextmanager

@@ -62,7 +62,13 @@ class ForkServer:
         self._said = b""
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE.format(path=sys.path, address=address, driver=os.getpid())],
+                [
+                    sys.executable,
+                    "-c",
+                    _CODE.format(
+                        path=[path for path in sys.path if isinstance(path, str)], address=address, driver=os.getpid()
+                    ),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -75,7 +81,7 @@ class ForkServer:
         assert self._process.stdout is not None
         self._output = self._process.stdout
 
-    def obstacle(self, timeout_s: float = 30.0) -> str:
+    def obstacle(self, timeout_s: float = 10.0) -> str:
         """What keeps it from forking, as its test of itself or later events showed, or "". Waits for the test."""
         if self._is_ready is None:
             self._is_ready = self._read(timeout_s)
@@ -85,13 +91,22 @@ class ForkServer:
             return f"its test of itself took more than {timeout_s:g} s"
         return "" if self.is_serving() else "the fork server did not give a worker that it was asked for"
 
+    def allow_plain(self) -> None:
+        """From now on, a worker that cannot be forked starts as a plain one."""
+        self.or_plain = True
+        self._folder.mkdir(mode=0o700, exist_ok=True)  # a server that failed has taken it away
+        (self._folder / "plain").touch()
+
     def is_serving(self) -> bool:
         """Whether it can be asked: it is there, and no launcher has asked in vain."""
         return self._process.poll() is None and self._socket.exists()
 
     def close(self) -> None:
         """Ends the server and all its children."""
-        self._process.terminate()
+        if self._is_ready:
+            self._process.terminate()
+        else:  # it may be anywhere, and has no children
+            self._process.kill()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -109,7 +124,7 @@ class ForkServer:
             if not piece:  # it ends
                 self._process.wait()
                 return False
-            if b"ready\n" in self._said:
+            if b"\nready\n" in b"\n" + self._said:
                 return True
         return False
 

@@ -8,6 +8,7 @@ import array
 import os
 import sys
 
+_OWN = ("FEDSIM_FORK_SERVER", "FEDSIM_WORKER", "FEDSIM_OR_PLAIN")
 _ATTEMPTS = 3
 _PATIENCE_S = 8.0  # with a server that does not answer, if there is another way
 
@@ -17,10 +18,11 @@ def main() -> None:
     address = os.environ["FEDSIM_FORK_SERVER"]
     if any(_is_replaced(address) for _ in range(_ATTEMPTS)):
         return
-    if "FEDSIM_OR_PLAIN" not in os.environ:
+    if "FEDSIM_OR_PLAIN" not in os.environ and not os.path.exists(os.path.dirname(address) + "/plain"):  # noqa: PTH110, PTH120
         _remove(address)  # which the driver will see
         sys.exit("fedsim: the fork server gave no worker, and plain ones do not fit this machine")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("FEDSIM_")}
+    os.kill(int(os.environ["RAY_RAYLET_PID"]), 0)  # there is nobody left to work for, if this fails
+    environment = {name: value for name, value in os.environ.items() if name not in _OWN}
     flags = ["-s"] if sys.flags.no_user_site else []  # as Ray would; the -S is this script's
     os.execve(sys.executable, [sys.executable, *flags, os.environ["FEDSIM_WORKER"], *sys.argv[1:]], environment)
 

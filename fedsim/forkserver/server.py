@@ -85,7 +85,10 @@ def _test() -> None:
     """
     child = os.fork()
     if child == 0:
-        rehearse()
+        try:
+            rehearse()
+        except BaseException:  # noqa: BLE001 - whatever it is: it must not get to the parent's code
+            os._exit(1)
         os._exit(0)
     end = time.monotonic() + _TEST_S
     while (found := os.waitpid(child, os.WNOHANG))[0] == 0:
@@ -95,6 +98,14 @@ def _test() -> None:
         time.sleep(0.005)
     if found[1] != 0:
         raise RuntimeError(f"a forked process failed with exit code {os.waitstatus_to_exitcode(found[1])}")
+
+
+def _fork() -> int | None:
+    """As `os.fork`; None where the system has no room for another process."""
+    try:
+        return os.fork()
+    except OSError:
+        return None
 
 
 class _Server:
@@ -150,10 +161,13 @@ class _Server:
         os._exit(0)
 
     def _answer(self) -> Request | None:
-        launcher, _ = self._listener.accept()
+        try:
+            launcher, _ = self._listener.accept()
+        except OSError:  # it is gone, or there are too many files
+            return None
         standard = receive(launcher)
         request = read_request(launcher, standard) if len(standard) == 3 else None
-        child = os.fork() if request and self._has_its_ray(request) else None
+        child = _fork() if request and self._has_its_ray(request) else None
         if child == 0:
             self._let_go()
             return request
@@ -164,7 +178,7 @@ class _Server:
             return None
         self._children.add(child)
         self._launchers[child] = launcher
-        self._selector.register(launcher, selectors.EVENT_READ, lambda: self._take_leave(child))
+        self._selector.register(launcher, selectors.EVENT_READ, lambda: self._take_leave(child, launcher))
         with contextlib.suppress(OSError):
             launcher.send(b"f")
         return None
@@ -179,11 +193,11 @@ class _Server:
             self._watch(int(self._settings[b"RAY_RAYLET_PID"]))
         return request.settings == self._settings
 
-    def _take_leave(self, child: int) -> None:
+    def _take_leave(self, child: int, launcher: socket.socket) -> None:
         """A launcher ends: its child is known to Ray, or must go too."""
-        if child not in self._launchers:  # its child has just ended, too
+        if self._launchers.get(child) is not launcher:  # its child has just ended, too
             return
-        launcher = self._forget_launcher(child)
+        self._forget_launcher(child)
         said = b""
         with contextlib.suppress(OSError):
             said = launcher.recv(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 import struct
@@ -12,8 +13,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fedsim.forkserver import LAUNCHER
 
+_OWN = (b"FEDSIM_FORK_SERVER", b"FEDSIM_WORKER", b"FEDSIM_OR_PLAIN")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,6 +33,8 @@ class Request:
     folder: str
     group: int
     oom_score: str
+    files: tuple[int, int]
+    """How many it may open: the soft and the hard limit."""
 
     @property
     def settings(self) -> dict[bytes, bytes]:
@@ -59,6 +65,7 @@ def read_request(launcher: socket.socket, standard: list[int]) -> Request | None
             str((process / "cwd").readlink()),
             os.getpgid(int(process.name)),
             (process / "oom_score_adj").read_text(),
+            resource.prlimit(int(process.name), resource.RLIMIT_NOFILE),
         )
     return None
 
@@ -79,13 +86,15 @@ def turn_into_worker(request: Request, server: int) -> None:
     except OSError:
         os.setpgid(0, 0)
     Path("/proc/self/oom_score_adj").write_text(request.oom_score)
+    resource.setrlimit(resource.RLIMIT_NOFILE, request.files)
+    np.random.seed()  # noqa: NPY002 - else all would draw the same, as the other generators see to by themselves
     for number, file in enumerate(request.standard):
         os.dup2(file, number)
         os.close(file)
     os.chdir(request.folder)
     worker = os.fsdecode(request.environment[b"FEDSIM_WORKER"])
     os.environb.clear()
-    os.environb.update({k: v for k, v in request.environment.items() if not k.startswith(b"FEDSIM_")})
+    os.environb.update({name: value for name, value in request.environment.items() if name not in _OWN})
     os.environ["FEDSIM_FORKED"] = "1"
     os.environ["FEDSIM_LAUNCHER"] = str(request.launcher.detach())
     sys.argv = [worker, *request.arguments]
