@@ -91,6 +91,10 @@ def hundreds(section: Section, name: str, task: Task, measured: Measured) -> Non
     most = task.limits["overhead_ms"]
     what = f"round with an actor per client, over {UNSTACKED}: the same work, in as many processes as there are cores"
     section.state(Check(what, f"{more:+.0f} ms", f"at most {most:+g} ms", more <= most))
+    outside = medians(frame.assign(rest=frame["round_s"] - frame["fit_s"] - frame["evaluate_s"]), "rest")
+    rest = 1e3 * outside[ACTOR_PER_CLIENT]
+    what = "round with an actor per client, outside of fit and evaluate"
+    section.state(Check(what, f"{rest:.1f} ms", f"at most {most:g} ms", rest <= most))
     for other in (PACKED, UNSTACKED):
         times = round_s[ACTOR_PER_CLIENT] / round_s[other]
         section.say(f"a round with an actor per client takes **{times:.2f}** times as long as {other}")
