@@ -459,8 +459,8 @@ def test_the_page_of_hundreds_of_actors(tmp_path):
     assert "| same bits as packed | yes: 12 of 12 rounds | all rounds | reached |" in page
     assert "the same work, in as many processes as there are cores | +2000 ms | at most +2000 ms | reached |" in page
     assert "**3.00** times as long as packed\n" in page
-    what = "round with an actor per client, outside of fit and evaluate"
-    assert f"| {what} | 2500.0 ms | at most 2000 ms | **not reached** |" in page
+    what = "round with an actor per client, outside of fit and evaluate"  # 6 s, less 1.5 and 0.25
+    assert f"| {what} | 4250.0 ms | at most 2000 ms | **not reached** |" in page
     assert "**1.50** times as long as packed, stacks of 1\n" in page
 
     compared[ACTOR_PER_CLIENT] = placed(201.0, apart, 2e8, round_s=3.1, used_bytes=18e9)
