@@ -395,7 +395,7 @@ def test_starting_and_stopping_twenty_actors_thirty_times_leaves_nothing():
     assert late["sockets"] <= early["sockets"] + 30, "Ray keeps one for each time it was started, also for plain actors"
     assert late["threads"] <= early["threads"] + 2
     assert late["bytes"] < early["bytes"] + 30_000_000
-    assert late["available"] > early["available"] - 300_000_000
+    assert late["available"] > early["available"] - 1_000_000_000, "an actor a cycle would be more"
     assert left == {"children": 0, "processes": 0, "folders": 0, "shm": 0}
 
 
