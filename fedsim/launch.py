@@ -122,7 +122,7 @@ def _this_machine(x: Experiment, *, is_preview: bool = False) -> Node:
         return node
     from fedsim.actors import private
 
-    obstacle = private.test_fork() if is_preview else private.fork_obstacle()
+    obstacle = private.try_fork() if is_preview else private.fork_obstacle()
     return replace(node, memory_bytes=private.free_before_start() or node.memory_bytes, fork_obstacle=obstacle)
 
 

@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from helpers import results_of, wait_until
 
 import fedsim
 from fedsim import weights as weights_module
@@ -22,7 +22,6 @@ from fedsim.actors.slab import Slab
 from fedsim.errors import ClientError, PlanError, RunFailedError
 from fedsim.experiment import prepare
 from fedsim.launch import connect, open_pool
-from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
 from fedsim.weights import Weights
 
 pytestmark = pytest.mark.ray
@@ -38,15 +37,6 @@ TINY = fedsim.Config().override(
         "training.momentum": 0.5,
     }
 )
-
-
-def results_of(run):
-    """The columns that must be equal between equal runs."""
-    frames = []
-    for frame, schema in ((run.rounds, ROUND_SCHEMA), (run.clients, CLIENT_SCHEMA)):
-        names = [field.name for field in schema if field.metadata[b"kind"] == b"result" and field.name != "run"]
-        frames.append(frame[names].to_dict("list"))
-    return repr(frames)  # repr: NaN equals itself, floats to the last bit
 
 
 @pytest.fixture(scope="module")
@@ -410,10 +400,3 @@ def test_unequal_fingerprints_are_refused():
 def test_nodes_of_this_ray(shared_ray):
     with connection.connect("local", None, 0) as nodes:
         assert [node.num_cpus for node in nodes] == [4]
-
-
-def wait_until(condition, timeout_s=30.0):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from helpers import is_gone, results_of, wait_until
 
 import fedsim
 from fedsim import forkserver
@@ -25,7 +26,6 @@ from fedsim.errors import FedsimWarning, PlanError, RunFailedError
 from fedsim.experiment import prepare
 from fedsim.forkserver import LAUNCHER
 from fedsim.launch import connect, open_pool, preview
-from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
 from fedsim.recording import Recording
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(not forkserver.is_supported(), reason="forking is for Linux")]
@@ -41,23 +41,6 @@ TINY = fedsim.Config().override(
         "placement.mode": "actor-per-client",
     }
 )
-
-
-def results_of(run):
-    """The columns that must be equal between equal runs."""
-    frames = []
-    for frame, schema in ((run.rounds, ROUND_SCHEMA), (run.clients, CLIENT_SCHEMA)):
-        names = [field.name for field in schema if field.metadata[b"kind"] == b"result" and field.name != "run"]
-        frames.append(frame[names].to_dict("list"))
-    return repr(frames)
-
-
-def wait_until(condition, timeout_s=20.0):
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -211,10 +194,6 @@ def started_driver(tmp_path):
     server, home, *actors = driver.stdout.readline().split()
     descendants = [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
     return driver, int(server), Path(home), [int(pid) for pid in actors], descendants
-
-
-def is_gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_fork_server_and_actors_go_with_a_killed_driver(tmp_path):

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers import is_gone, wait_until
 
 from fedsim import forkserver
 from fedsim.forkserver import LAUNCHER, ForkServer, worker
@@ -47,18 +48,6 @@ if "hang" not in sys.argv:
 if "end" not in sys.argv:
     time.sleep(60)
 """
-
-
-def wait_until(condition, timeout_s=15.0):
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, "it never came true"
-        time.sleep(0.01)
-    return found
-
-
-def is_gone(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 class World:

@@ -26,7 +26,7 @@ class Bell:
         os.write(self._write, b"!")
 
     def close(self) -> None:
-        """Wakes the actor for good."""
+        """Frees the descriptors, when the actor has been ended."""
         os.close(self._read)
         os.close(self._write)
 

@@ -67,7 +67,7 @@ def fork_failure() -> str:
     return "" if server is None or server.or_plain or server.is_serving() else server.obstacle()
 
 
-def test_fork() -> str:
+def try_fork() -> str:
     """As `fork_obstacle`, before there is a Ray: tries a fork server for a moment."""
     found = fork_obstacle()
     if found or ray.is_initialized():

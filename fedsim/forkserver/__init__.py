@@ -105,7 +105,7 @@ class ForkServer:
         """Ends the server and all its children."""
         if self._is_ready:
             self._process.terminate()
-        else:  # it may be anywhere, and has no children
+        else:  # it may not listen to signals yet; children, if there are any, die with it
             self._process.kill()
         try:
             self._process.wait(timeout=5)

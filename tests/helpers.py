@@ -1,0 +1,31 @@
+"""What several test files do with runs and processes."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+
+from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
+
+
+def results_of(run):
+    """The columns that must be equal between equal runs."""
+    frames = []
+    for frame, schema in ((run.rounds, ROUND_SCHEMA), (run.clients, CLIENT_SCHEMA)):
+        names = [field.name for field in schema if field.metadata[b"kind"] == b"result" and field.name != "run"]
+        frames.append(frame[names].to_dict("list"))
+    return repr(frames)  # repr: NaN equals itself, floats to the last bit
+
+
+def wait_until(condition, timeout_s=30.0):
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+def is_gone(pid):
+    """Whether a process has ended; its parent may not have taken note."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
