@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedsim.results import Run as Run
     from fedsim.results import load_run as load_run
     from fedsim.results import load_runs as load_runs
+    from fedsim.resumption import resume as resume
     from fedsim.simulation import rounds as rounds
     from fedsim.strategies import Strategy as Strategy
     from fedsim.verification import replay as replay
@@ -27,6 +28,7 @@ __version__ = _version("fedsim")
 
 _HOME = {
     "run": "recording",
+    "resume": "resumption",
     "rounds": "simulation",
     "verify": "verification",
     "replay": "verification",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,14 +38,14 @@ def save(folder: Path, round: int, tensors: dict[str, Tensor], state: dict[str, 
         own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
         files[f"{round:06d}.server.safetensors"] = safetensors.torch.save(own)
     for name, content in files.items():
-        publish(folder / name, content)
+        publish(folder / name, content, durable=True)
     manifest = {
         "fedsim_checkpoint": VERSION,
         "round": round,
         "weights_sha256": weights_sha256,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
-    publish(folder / f"{round:06d}.json", json.dumps(manifest, indent=2).encode())
+    publish(folder / f"{round:06d}.json", json.dumps(manifest, indent=2).encode(), durable=True)
 
 
 def rounds(folder: Path) -> list[int]:
@@ -57,16 +58,30 @@ def prune(folder: Path, keep: int | Literal["all"]) -> None:
     if keep == "all":
         return
     kept = {f"{round:06d}" for round in rounds(folder)[-keep:]}
-    old = [path for path in folder.glob("[0-9]*") if path.name.partition(".")[0] not in kept]
-    for path in sorted(old, key=lambda path: path.suffix != ".json"):
+    _remove(path for path in folder.glob("[0-9]*") if path.name.partition(".")[0] not in kept)
+
+
+def remove_after(folder: Path, round: int) -> None:
+    """Removes the checkpoints of later rounds."""
+    numbers = {path: path.name.partition(".")[0] for path in folder.glob("[0-9]*")}
+    _remove(path for path, number in numbers.items() if number.isdigit() and int(number) > round)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in sorted(paths, key=lambda path: path.suffix != ".json"):
         path.unlink(missing_ok=True)
 
 
-def load(folder: Path, round: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def load(folder: Path, round: int, weights_sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Reads the model's tensors and the strategy's state back.
 
+    Args:
+        folder: the run's checkpoint folder.
+        round: one of `rounds`.
+        weights_sha256: what the round's record says, to be compared with what was saved; None for no comparison.
+
     Raises:
-        RunFolderError: a file is missing or not the one that was written; it is named.
+        RunFolderError: a file is missing, not the one that was written, or of other weights; it is named.
     """
     manifest_path = folder / f"{round:06d}.json"
     try:
@@ -80,6 +95,8 @@ def load(folder: Path, round: int) -> tuple[dict[str, Tensor], dict[str, Tensor]
         ) from None
     if version != VERSION:
         raise RunFolderError(f"the checkpoint {manifest_path} is of version {version}, not {VERSION}; update fedsim")
+    if weights_sha256 is not None and manifest.get("weights_sha256") != weights_sha256:
+        raise RunFolderError(f"the checkpoint {manifest_path} does not hold the weights of that round's row")
     for name, content in contents.items():
         if hashlib.sha256(content).hexdigest() != checksums[name]:
             raise RunFolderError(

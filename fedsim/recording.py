@@ -5,27 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from torch import nn
 
-from fedsim import checkpoint, environment, models
+from fedsim import environment, models
+from fedsim.actors import PoolInfo
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import ClientError, InputError, RunExistsError, RunFolderError
+from fedsim.errors import ClientError, InputError, RunExistsError, RunFailedError
 from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
 from fedsim.placement import Plan
-from fedsim.results import Run, RunWriter
+from fedsim.results import Run, RunWriter, begin
 from fedsim.run_folder import check_name, target
-from fedsim.simulation import Round, Start, federated_averaging
+from fedsim.simulation import Start, federated_averaging
 from fedsim.strategies import Strategy
+from fedsim.weights import Weights
 
 
 def run(
@@ -63,7 +65,7 @@ def run(
         >>> run(config, results=None).rounds["round"].tolist()
         [0, 1]
     """
-    with Recording(
+    with Recording.of(
         config, results=results, name=name, overwrite=overwrite, model=model, strategy=strategy, dataset=dataset
     ) as recording:
         for _ in recording:
@@ -71,15 +73,70 @@ def run(
     return recording.run
 
 
-class Recording:
-    """A run that writes itself down while it is iterated; `run` holds it afterwards. Arguments as of `run`.
+class Home(Protocol):
+    """A folder that a run is written into: a new run's, or that of one that goes on."""
 
-    Everything is checked when it is made, and nothing is written before it is entered: then Ray is connected, the
-    plan is made, and the run's folder begins.
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        ...
+
+    @property
+    def config(self) -> Config:
+        """The configuration that is written down."""
+        ...
+
+    @property
+    def start(self) -> Start | None:
+        """Where the run goes on; None for a start from round 0."""
+        ...
+
+    def open(self, info: dict[str, Any]) -> RunWriter:
+        """Begins to write; nothing was written before.
+
+        Args:
+            info: what is known of the run once it is up, for run.json.
+
+        Raises:
+            InputError: the folder cannot be written, or the run must not go on here.
+        """
+        ...
+
+
+class Recording:
+    """A run that writes itself down while it is iterated; `run` holds it afterwards.
+
+    Everything is checked when it is made. When it is entered, Ray is connected, the plan made and the actors started;
+    only then the folder begins. When it is left, the folder is complete, whatever the reason.
+
+    Args:
+        experiment: what is run.
+        home: where it is written; None for nothing on disk.
+        name: what a run without a home is called.
+        debug: shows what the actors print.
+        on_plan: called with the recording once its plan is made, before its actors start: they may take a while.
     """
 
     def __init__(
         self,
+        experiment: Experiment,
+        home: Home | None,
+        *,
+        name: str = "run",
+        debug: bool = False,
+        on_plan: Callable[[Recording], object] = lambda recording: None,
+    ) -> None:
+        self.experiment = experiment
+        self.start = home.start if home else None
+        self.last: RoundRecord | None = None
+        self._home, self._name, self._debug, self._on_plan = home, name, debug, on_plan
+        self._records: list[RoundRecord] = []
+        self._weights: Weights | None = self.start.weights if self.start else None
+        self._writer: RunWriter | None = None
+
+    @classmethod
+    def of(
+        cls,
         config: Config,
         *,
         results: str | os.PathLike[str] | None = "results",
@@ -89,95 +146,120 @@ class Recording:
         model: Callable[..., nn.Module] | None = None,
         strategy: Strategy | None = None,
         dataset: Dataset | None = None,
-    ) -> None:
-        self._target = partial(target, Path(results), name, config.name, overwrite) if results is not None else None
-        self.folder = self._target() if self._target else None
-        self.name = self.folder.name if self.folder else check_name(name or config.name)
-        self.experiment = prepare(config, model=model, strategy=strategy, dataset=dataset)
-        self._is_named, self._overwrite, self._debug = name is not None, overwrite, debug
-        self._records: list[RoundRecord] = []
-        self._last: Round | None = None
-        self._writer: RunWriter | None = None
+        on_plan: Callable[[Recording], object] = lambda recording: None,
+    ) -> Self:
+        """The recording of a new run; arguments and errors as of `run`, the others as of the class."""
+        called = check_name(name if name is not None else config.name)
+        make = partial(target, Path(results), name, config.name, overwrite) if results is not None else None
+        folder = make() if make else None  # refuses a name before anything is loaded
+        x = prepare(config, model=model, strategy=strategy, dataset=dataset)
+        home = NewRun(make, folder, x.config, overwrite, is_named=name is not None) if make and folder else None
+        return cls(x, home, name=called, debug=debug, on_plan=on_plan)
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's folder; None for a run that is not written."""
+        return self._home.folder if self._home else None
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self._home.folder.name if self._home else self._name
+
+    @property
+    def done(self) -> int | None:
+        """The last finished round, also of an earlier part of the run; None where there is none yet."""
+        if self.last is not None:
+            return self.last.round
+        return self.start.round if self.start else None
 
     def __enter__(self) -> Self:
         x = self.experiment
         with contextlib.ExitStack() as stack:
             self.plan = stack.enter_context(connect(x, debug=self._debug))
-            if self.folder is not None:
-                self._writer = stack.enter_context(self._new_writer(_info(x, self.plan)))
+            self._on_plan(self)
+            self._pool = stack.enter_context(open_pool(x, self.plan))
+            if self._home:
+                self._writer = stack.enter_context(self._home.open(_info(x, self.plan, self._pool.info)))
             self._cleanup = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        if isinstance(error, ClientError) and error.client_id >= 0 and self.folder is not None:
-            error.add_note(_how_to_replay(self.folder, error, self.experiment.own))
-        self._cleanup.__exit__(kind, error, where)
+        self._advise(error)
+        try:
+            self._cleanup.__exit__(kind, error, where)
+        except RunFailedError as own_error:
+            self._advise(own_error)
+            raise
 
-    def _new_writer(self, info: dict[str, Any]) -> RunWriter:
-        """Makes the run's folder; a name that another run takes in this moment is refused if it was asked for."""
-        assert self._target is not None
-        while True:
-            self.folder = self._target()
-            self.name = self.folder.name
-            try:
-                return RunWriter(self.folder, self.experiment.config, info, overwrite=self._overwrite)
-            except RunExistsError:
-                if self._is_named:
-                    raise
+    def _advise(self, error: BaseException | None) -> None:
+        """Says with an error what the user can do about it."""
+        if self.folder is None or not isinstance(error, RunFailedError):
+            return
+        if not isinstance(error, ClientError):
+            is_lost = self.last is not None and self.last.num_sampled > 0 and self.last.num_completed == 0
+            if not is_lost:  # it would be lost again
+                error.add_note(f"{how_to_resume(self.folder, self.experiment.own)} goes on with the run")
+        elif error.client_id >= 0:
+            error.add_note(_how_to_replay(self.folder, error, self.experiment.own))
 
     def __iter__(self) -> Iterator[RoundRecord]:
         x, writer = self.experiment, self._writer
-        with open_pool(x, self.plan) as pool:
+        for round in federated_averaging(x, self._pool, self.start):
+            self.last, self._weights = round.record, round.weights
             if writer:
-                writer.update(
-                    device=pool.info.device,
-                    numerics_fingerprint=pool.info.fingerprint,
-                    num_forked=pool.info.num_forked,
-                )
-            for round in federated_averaging(x, pool):
-                self._last = round
-                if writer:
-                    writer.write(round.record, partial(x.layout.unflatten, round.weights), round.state)
-                else:
-                    self._records.append(round.record)
-                yield round.record
+                writer.write(round.record, partial(x.layout.unflatten, round.weights), round.state)
+            else:
+                self._records.append(round.record)
+            yield round.record
 
     @property
     def run(self) -> Run:
         """The run, once it has been iterated."""
         x = self.experiment
-        if self._last is None:
+        if self._weights is None:
             raise InputError("the run has not started: iterate it first")
         return Run(
             self.name,
             self.folder,
-            x.config,
+            self._home.config if self._home else x.config,
             _records=tuple(self._records),
-            _tensors=x.layout.unflatten(self._last.weights),
+            _tensors=x.layout.unflatten(self._weights),
             _model=lambda: models.build(x.spec.model, x.spec.input_shape, x.spec.num_classes, x.spec.seed),
         )
 
 
-def restore(folder: Path, round: int, x: Experiment) -> Start:
-    """What the server held after a round that has a checkpoint: where `federated_averaging` can go on.
+@dataclass
+class NewRun:
+    """The `Home` of a run that begins."""
 
-    Args:
-        folder: the run's folder.
-        round: one of `checkpoint.rounds`.
-        x: the run's experiment, whose model gives the weights their layout.
+    make: Callable[[], Path]
+    """Gives a name that is free; nothing is made."""
+    folder: Path
+    config: Config
+    overwrite: bool
+    is_named: bool
+    """The name was asked for: if another run takes it first, the run is refused."""
+    start: None = None
 
-    Raises:
-        RunFolderError: the checkpoint is damaged, or of another model.
-    """
-    tensors, state = checkpoint.load(folder / "checkpoint", round)
-    shapes = {entry.name: entry.shape for entry in x.layout.floats + x.layout.integers}
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
-        raise RunFolderError(
-            f"the checkpoint of round {round} in {folder} is of another model: its tensors are not those of this one"
-        )
-    return Start(round, x.layout.of_named(tensors), state)
+    def open(self, info: dict[str, Any]) -> RunWriter:
+        """Makes the folder; see `Home`."""
+        while True:
+            self.folder = self.make()
+            try:
+                return begin(self.folder, self.config, info, overwrite=self.overwrite)
+            except RunExistsError:
+                if self.is_named:
+                    raise
+
+
+def how_to_resume(folder: Path, own: Mapping[str, str]) -> str:
+    """The command that goes on with a run, to be pasted; the call, where the run has own parts."""
+    if own:
+        return f"fedsim.resume({str(folder)!r}, {', '.join(f'{part}=...' for part in own)})"
+    return f"fedsim resume {shlex.quote(str(folder))}"
 
 
 def _how_to_replay(folder: Path, error: ClientError, own: dict[str, str]) -> str:
@@ -188,8 +270,8 @@ def _how_to_replay(folder: Path, error: ClientError, own: dict[str, str]) -> str
     return f"{call} re-trains it in this process"
 
 
-def _info(x: Experiment, plan: Plan) -> dict[str, Any]:
-    """What run.json says of a run before it starts."""
+def _info(x: Experiment, plan: Plan, pool: PoolInfo) -> dict[str, Any]:
+    """What run.json says of a run that is up and has not begun."""
     return {
         "versions": environment.versions(),
         "machine": environment.machine(),
@@ -204,4 +286,7 @@ def _info(x: Experiment, plan: Plan) -> dict[str, Any]:
         },
         "model": {"num_values": x.layout.num_values, "num_bytes": x.model_bytes},
         "own": x.own,
+        "device": pool.device,
+        "numerics_fingerprint": pool.fingerprint,
+        "num_forked": pool.num_forked,
     }

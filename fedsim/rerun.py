@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from fedsim import checkpoint, environment
+from fedsim import checkpoint
 from fedsim.comparison import Recorded
+from fedsim.compatibility import NOTHING, Own, check_own, check_same, compared, with_engine_of
 from fedsim.config import Config
-from fedsim.datasets import Dataset
 from fedsim.errors import InputError, RunFolderError
 from fedsim.experiment import Experiment, prepare
-from fedsim.recording import restore
 from fedsim.results import Run, load_run
 from fedsim.simulation import Start
-from fedsim.strategies import Strategy
-
-
-@dataclass(frozen=True)
-class Own:
-    """The parts of a run that came from Python instead of its configuration."""
-
-    model: Callable[..., nn.Module] | None = None
-    strategy: Strategy | None = None
-    dataset: Dataset | None = None
+from fedsim.starts import restore
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +42,7 @@ class Rerun:
         Raises:
             InputError: they differ, and the user did not say to go on anyway.
         """
-        self.unlike.extend(_check_same(self.run, pairs, self.anyway))
+        self.unlike.extend(check_same(self.run.path, pairs, self.anyway))
 
     @property
     def rounds(self) -> range:
@@ -86,7 +74,7 @@ def plan_verify(
     *,
     rounds: int | str | None = None,
     placement: Mapping[str, Any] | None = None,
-    own: Own = Own(),
+    own: Own = NOTHING,
     anyway: bool = False,
 ) -> Rerun:
     """What `verify` will do: arguments and errors are its own."""
@@ -98,7 +86,7 @@ def plan_verify(
 
 
 def plan_replay(
-    path: str | os.PathLike[str], *, round: int, client: int, own: Own = Own(), anyway: bool = False
+    path: str | os.PathLike[str], *, round: int, client: int, own: Own = NOTHING, anyway: bool = False
 ) -> Rerun:
     """What `replay` will do: arguments and errors are its own."""
     run = load_run(path)
@@ -121,50 +109,21 @@ def _plan(
 ) -> Rerun:
     """Checks that the run can be repeated here, and finds the nearest start before its round `first`."""
     assert run.path is not None
-    _check_own(run, own)
+    info = run.info
+    check_own(run.path, info["own"], own)
     x = prepare(config, model=own.model, strategy=own.strategy, dataset=own.dataset)
-    info, versions = run.info, environment.versions()
-    was = info.get("versions") or {}
-    unlike = _check_same(
-        run,
-        {"data (sha256)": (str(info["data"].get("sha256"))[:12], x.dataset.sha256()[:12])}
-        | {package: (was.get(package), versions.get(package)) for package in {**was, **versions}}
-        | {"placement.threads": (run.config.placement.threads, config.placement.threads)},
-        anyway,
-    )
+    threads = (run.config.placement.threads, config.placement.threads)
+    unlike = check_same(run.path, compared(info, x) | {"placement.threads": threads}, anyway)
     saved = [round for round in checkpoint.rounds(run.path / "checkpoint") if round < first]
-    start = restore(run.path, saved[-1], x) if saved else None
-    if start and start.weights.sha256() != recorded.rounds.get(start.round, {}).get("weights_sha256"):
-        raise RunFolderError(
-            f"the checkpoint of round {start.round} in {run.path} does not hold the weights of that round's row; "
-            f"remove {run.path / 'checkpoint' / f'{start.round:06d}.json'} to start before it"
-        )
+    start = None
+    if saved:
+        row = recorded.rounds.get(saved[-1], {})
+        try:
+            start = restore(run.path, saved[-1], x, row.get("weights_sha256", "no row"))
+        except RunFolderError as error:
+            manifest = run.path / "checkpoint" / f"{saved[-1]:06d}.json"
+            raise RunFolderError(f"{error}; remove {manifest} to start before it") from None
     return Rerun(run, x, recorded, start, last, client, unlike, anyway)
-
-
-def _check_own(run: Run, own: Own) -> None:
-    had = run.info["own"]
-    missing = [part for part, given in vars(own).items() if part in had and given is None]
-    if missing:
-        named = ", ".join(f"{part} ({had[part]})" for part in missing)
-        raise InputError(
-            f"{run.path} has parts from Python, which must be given again: {named}; "
-            f"call fedsim.verify or fedsim.replay with {', '.join(f'{part}=...' for part in missing)}"
-        )
-    extra = [f"{part}=" for part, given in vars(own).items() if part not in had and given is not None]
-    if extra:
-        raise InputError(f"{run.path} has no part of its own for {', '.join(extra)}: leave it out")
-
-
-def _check_same(run: Run, pairs: Mapping[str, tuple[Any, Any]], anyway: bool) -> list[str]:
-    """Says what differs between the run and here, and refuses it unless the user goes on anyway."""
-    unlike = [f"{what} {was} in the run, {now} here" for what, (was, now) in pairs.items() if was != now]
-    if unlike and not anyway:
-        raise InputError(
-            f"{run.path} need not give the same bits here: {'; '.join(unlike)}.\n"
-            "Go on nevertheless with --anyway (from Python: anyway=True)"
-        )
-    return unlike
 
 
 def _chosen(rounds: int | str | None, recorded: Recorded, run: Run) -> tuple[int, int]:
@@ -196,9 +155,7 @@ def _placed(run: Run, placement: Mapping[str, Any]) -> Config:
     """The run's configuration with another placement, but its threads and its engine, which are part of the bits."""
     values = run.config.to_dict()
     values["placement"] = {"threads": run.config.placement.threads, **placement}
-    if run.info.get("engine") in ("loop", "stacked"):  # what "auto" was for the run; here it might choose otherwise
-        values["training"]["engine"] = run.info["engine"]
-    return Config.from_dict(values)
+    return with_engine_of(run.info, Config.from_dict(values))
 
 
 def _layout(placement: Mapping[str, Any]) -> str:

@@ -5,13 +5,22 @@ Needs neither torch nor pyarrow, so that a name that is taken is refused at once
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from fedsim.config import RUN_NAME
+from fedsim.config import RUN_NAME, Config
+from fedsim.config.changes import changed
 from fedsim.errors import RunFolderError
+
+RUN_VERSION = 1
 
 
 def target(results: Path, name: str | None, default_name: str, overwrite: bool) -> Path:
@@ -27,8 +36,11 @@ def target(results: Path, name: str | None, default_name: str, overwrite: bool) 
         RunFolderError: the name is not one, or is taken.
     """
     chosen = check_name(name if name is not None else default_name)
-    if results.exists() and not results.is_dir():
-        raise RunFolderError(f"{results} is not a folder; name another with --results")
+    nearest = next(path for path in (results, *results.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise RunFolderError(f"{results} cannot be used: {nearest} is not a folder; name another with --results")
+    if not os.access(nearest, os.W_OK | os.X_OK):  # before anything is started: the folder is made when actors are up
+        raise RunFolderError(f"{results} cannot be used: {nearest} is read-only; name another with --results")
     folder = results / chosen
     if overwrite:
         if folder.exists() or folder.is_symlink():
@@ -67,6 +79,105 @@ def check_replaceable(folder: Path) -> None:
         raise RunFolderError(f"{folder} is not a run of fedsim, so --overwrite leaves it alone; choose another --name")
     if is_live(folder):
         raise RunFolderError(f"{folder} is being written by a running fedsim; wait for it, or choose another --name")
+
+
+def path_of(run: str, results: Path) -> Path:
+    """The folder of a run that is named by its path, or by its name in a results folder.
+
+    Raises:
+        RunFolderError: it is neither.
+    """
+    for folder in (Path(run), results / run):
+        if (folder / "run.json").is_file():
+            return folder
+    raise RunFolderError(
+        f"{run!r} is not a run: neither a run's folder nor a name in {results}; `fedsim runs` lists them"
+    )
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
+    """What run.json and config.toml say, and what is wrong with the second: None where it is as fedsim wrote it.
+
+    Raises:
+        RunFolderError: the folder is not a run of fedsim, of a newer version, or its run.json is damaged.
+        ConfigError: config.toml cannot be read.
+    """
+    info, path = read_info(folder), folder / "config.toml"
+    if info is None:
+        raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's, or a damaged one")
+    version = info["fedsim_run"]
+    if not isinstance(version, int) or version > RUN_VERSION:
+        raise RunFolderError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
+    config = Config.from_toml(path)
+    known = [info.get("config_sha256"), info.get("config_sha256_before")]  # two while a resume changes it
+    if known[0] is None or sha256(path) in known:  # a run of an earlier fedsim has none
+        return info, config, None
+    return info, config, f"{path} is not as fedsim wrote it: edited or damaged"
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run that nobody writes now, and nobody else can while this is open."""
+
+    folder: Path
+    held: BinaryIO
+    """Its lock."""
+    info: dict[str, Any]
+    """What run.json says."""
+    config: Config
+    """With what is to change."""
+
+
+@contextlib.contextmanager
+def stopped(folder: Path, changes: Mapping[str, Any]) -> Iterator[Stopped]:
+    """Opens a run that is to go on, and holds its lock.
+
+    Args:
+        folder: the run's folder.
+        changes: dotted keys of its configuration, see `config.changes`.
+
+    Raises:
+        RunFolderError: it is no run, damaged, or being written.
+        ConfigError: the configuration cannot be read, or a change is not allowed.
+    """
+    if not (folder / "run.json").is_file():
+        raise RunFolderError(f"{folder} is not a run: it has no run.json")
+    try:
+        held = lock(folder)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to the run's folder {folder}: {error}") from None
+    with held:
+        info, config, damage = read_run(folder)
+        if damage:
+            raise RunFolderError(f"{damage}; what may change is given with --set (from Python: changes={{...}})")
+        kinds = {"name": str, "status": str, "own": dict, "data": dict}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(info.get(key), kind)]:
+            raise RunFolderError(f"{folder / 'run.json'} is damaged: {wrong[0]} is {info.get(wrong[0])!r}")
+        yield Stopped(folder, held, info, changed(config, changes))
+
+
+def sha256(path: Path) -> str:
+    """64 hex digits over a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def lock(folder: Path) -> BinaryIO:
+    """Takes the lock of a run's folder until the file is closed, or the process ends in whatever way.
+
+    Raises:
+        RunFolderError: another process writes the run.
+        OSError: the folder cannot be written.
+    """
+    held = (folder / ".lock").open("wb")
+    for attempt in range(20):  # a reader that asks whether the run is live holds it for a moment
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05 * (attempt < 19))
+        else:
+            return held
+    held.close()
+    raise RunFolderError(f"{folder} is being written by a running fedsim; wait until that ends")
 
 
 def read_info(folder: Path) -> dict[str, Any] | None:

@@ -16,10 +16,11 @@ from torch import nn
 
 from fedsim.actors import Pool
 from fedsim.comparison import Difference, client_differences, round_differences
+from fedsim.compatibility import Own
 from fedsim.datasets import Dataset
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import ClientRecord
-from fedsim.rerun import Own, Rerun, plan_replay, plan_verify
+from fedsim.rerun import Rerun, plan_replay, plan_verify
 from fedsim.simulation import Round, client_record, federated_averaging
 from fedsim.strategies import Strategy
 

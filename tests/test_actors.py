@@ -55,7 +55,7 @@ def test_actor_per_client_gives_each_its_own_process_its_share_and_the_results_o
     wait_until(lambda: shared_ray.available_resources().get("CPU") == 4)
     config = TINY.override({"placement.mode": "actor-per-client", "placement.num_cpus": 0.25})
     pids = {}
-    with fedsim.recording.Recording(config, results=None) as recording:
+    with fedsim.recording.Recording.of(config, results=None) as recording:
         for record in recording:
             pids |= {client.client_id: client.pid for client in record.clients}
             if record.round == 3:
@@ -117,7 +117,7 @@ def test_shared_memory_leaves_nothing_behind(shared_ray):
 
 def test_a_killed_actor_is_replaced_and_nothing_changes(shared_ray, reference, tmp_path):
     config = TINY.override({"placement.mode": "packed", "placement.actors": 2})
-    with fedsim.recording.Recording(config, results=tmp_path) as recording:
+    with fedsim.recording.Recording.of(config, results=tmp_path) as recording:
         for record in recording:
             if record.round in (1, 2):
                 os.kill(record.clients[0].pid, signal.SIGKILL)

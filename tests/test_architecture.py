@@ -17,7 +17,7 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 # From the ground up. A module imports what stands above it in this list, also within its own layer: never below.
 LAYERS = (
     ("errors", "seeding", "files"),
-    ("config.messages", "config.tables", "config"),
+    ("config.messages", "config.tables", "config", "config.changes"),
     ("presets", "run_folder"),
     (
         "datasets.dataset",
@@ -65,7 +65,9 @@ LAYERS = (
     ),
     (
         "checkpoint",
+        "results.parts",
         "results.writer",
+        "results.folder",
         "results.run",
         "results",
         "actors",
@@ -81,8 +83,8 @@ LAYERS = (
     ("launch",),
     ("simulation",),
     ("recording",),
-    ("comparison", "rerun", "verification"),
-    ("cli.options", "cli.terminal", "cli.verification", "cli"),
+    ("starts", "compatibility", "resumption", "comparison", "rerun", "verification"),
+    ("cli.options", "cli.terminal", "cli.verification", "cli.resume", "cli"),
 )
 DOORS = ("", "__main__")  # the package's own names, looked up when first used, and `python -m fedsim`
 ORDER = {name: place for place, name in enumerate(name for layer in LAYERS for name in layer)}

@@ -244,10 +244,10 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(folder, monkeypatch
     save(folder, 11)
     left = iter(range(published))
 
-    def interrupted(path: Path, content: bytes) -> None:
+    def interrupted(path: Path, content: bytes, *, durable: bool) -> None:
         if next(left, None) is None:
             raise KeyboardInterrupt
-        files.publish(path, content)
+        files.publish(path, content, durable=durable)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "publish", interrupted)

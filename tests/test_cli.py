@@ -366,14 +366,14 @@ def test_debug_shows_the_traceback(call):
 # --- Runs that end otherwise -----------------------------------------------------------------------------------------
 
 
-def break_model(monkeypatch, what):
+def break_model(monkeypatch, what, num_clients=10):
     """Puts a model into the table whose second round of training goes wrong: 10 clients of 7 steps come first."""
     batches = []
 
     class Broken(nn.Linear):
         def forward(self, x):
             batches.extend([len(x)] * self.training)
-            if len(batches) > 10 * 7:
+            if len(batches) > num_clients * 7:
                 raise what
             return super().forward(x.flatten(1))
 
@@ -405,12 +405,14 @@ def test_the_command_that_replays_a_client_can_be_pasted(call, monkeypatch):
     command = shlex.split(answer.err.splitlines()[-1].removesuffix(" re-trains it in this process"))
     assert command[:3] == ["fedsim", "replay", "my results/mnist"]
     with monkeypatch.context() as patch:
-        break_model(patch, KeyError("a bug in my model"))
+        break_model(patch, KeyError("a bug in my model"), num_clients=0)  # the failed run left a checkpoint of round 1
         again = call(*command[1:])
     assert (again.code, len(again.out.splitlines())) == (1, 1)
     assert again.err.startswith("fedsim: client 0 failed in round 2:\n")
     assert "KeyError: 'a bug in my model'" in again.err
-    mended = call(*command[1:])
+    with monkeypatch.context() as patch:
+        break_model(patch, None, num_clients=10)  # the same tensors: the checkpoint must fit them
+        mended = call(*command[1:])
     assert (mended.code, mended.err) == (0, "")
     assert mended.out.splitlines()[-1] == "my results/mnist: the run has no row of it to compare with"
 
@@ -427,7 +429,8 @@ def test_a_run_that_diverges_fails_in_a_line(call):
 def test_an_interrupted_run_says_what_it_has(call, monkeypatch):
     break_model(monkeypatch, KeyboardInterrupt())
     answer = call("run", *QUICK, *sets("rounds=3"))
-    assert (answer.code, answer.err) == (130, "fedsim: interrupted: results/mnist holds the rounds up to 1\n")
+    said = "fedsim: interrupted: results/mnist holds the rounds up to 1; fedsim resume results/mnist goes on\n"
+    assert (answer.code, answer.err) == (130, said)
     assert info("results/mnist")["status"] == "interrupted"
     assert pd.read_parquet("results/mnist/rounds.parquet")["round"].tolist() == [0, 1]
 
@@ -467,7 +470,9 @@ def test_ctrl_c_and_sigterm_end_a_run_within_seconds(start):
         assert time.monotonic() - sent < 10
         assert process.returncode == 130
         assert "Traceback" not in out + err
-        last = re.fullmatch(rf"fedsim: interrupted: results/{number.name} holds the rounds up to (\d+)\n", err)
+        folder = f"results/{number.name}"
+        said = rf"fedsim: interrupted: {folder} holds the rounds up to (\d+); fedsim resume {folder} goes on\n"
+        last = re.fullmatch(said, err)
         stopped = fedsim.load_run(f"results/{number.name}")
         assert info(stopped.path)["status"] == stopped.status == "interrupted"
         rounds, clients = stopped.rounds, stopped.clients

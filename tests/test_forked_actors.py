@@ -94,7 +94,7 @@ class TestOneRay:
         """Fails when a new Ray breaks the mechanism: then look at `private` and `forkserver` before it is listed."""
         assert private.fork_obstacle() == "", f"add {ray.__version__} to TESTED_RAY only when this file passes with it"
         config = TINY.override({"placement.start": "fork"})
-        with Recording(config, results=None) as recording:
+        with Recording.of(config, results=None) as recording:
             pids = {client.pid for record in recording for client in record.clients}
             parents = {psutil.Process(pid).ppid() for pid in pids}
         assert parents == {forked_ray._process.pid}
@@ -123,7 +123,7 @@ class TestOneRay:
 
     def test_a_killed_actor_is_forked_again_and_nothing_changes(self, forked_ray, reference):
         killed = []
-        with Recording(TINY, results=None) as recording:
+        with Recording.of(TINY, results=None) as recording:
             for record in recording:
                 if record.round in (1, 2):
                     killed.append(kill_one_of(record))
@@ -148,7 +148,7 @@ class TestOneRay:
 
             monkeypatch.setattr(bell.Bell, "__init__", unreachable)
         before = pipes()
-        with Recording(TINY, results=None) as recording:
+        with Recording.of(TINY, results=None) as recording:
             for record in recording:
                 if record.round == 1:
                     kill_one_of(record)
@@ -180,7 +180,7 @@ import fedsim
 from fedsim.recording import Recording
 config = fedsim.preset("seed").override({"data.dataset": "synthetic", "clients.count": 4, "rounds": 1000})
 from fedsim.actors import private
-with Recording(config, results=None) as recording:
+with Recording.of(config, results=None) as recording:
     for record in recording:
         if record.round == 2:
             server = private._running.fork_server
@@ -258,7 +258,7 @@ class TestOwnRay:
         assert [result.update.update_sha256 for result in updates] == hashes
 
     def test_a_server_that_dies_in_a_run_changes_nothing(self, reference):
-        with own_ray() as (_, _, server), Recording(TINY, results=None) as recording:
+        with own_ray() as (_, _, server), Recording.of(TINY, results=None) as recording:
             for record in recording:
                 if record.round == 1:
                     killed(server)
@@ -271,7 +271,7 @@ class TestOwnRay:
         )
 
         def run():
-            with own_ray() as (_, _, server), Recording(TINY, results=None) as recording:
+            with own_ray() as (_, _, server), Recording.of(TINY, results=None) as recording:
                 for record in recording:
                     if record.round == 1:
                         killed(server)

@@ -22,10 +22,10 @@ from torch import nn
 import fedsim
 from fedsim import checkpoint, datasets, models
 from fedsim.config import RUN_NAME, Config
-from fedsim.errors import ClientError, ConfigError, InputError, RunFolderError
+from fedsim.errors import ClientError, ConfigError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, CLIENT_SCHEMA, ROUND_COLUMNS, ROUND_SCHEMA, RoundRecord
 from fedsim.recording import Recording
-from fedsim.results import Run, RunWriter, find_runs, load_run, load_runs
+from fedsim.results import Run, begin, find_runs, load_run, load_runs
 from fedsim.run_folder import is_live, target
 from fedsim.strategies import Strategy, fedavg
 from fedsim.weights import Layout
@@ -170,7 +170,7 @@ def test_a_results_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_a_name_that_is_taken_meanwhile_is_not_taken_twice(tmp_path):
-    one, other = (Recording(CONFIG, results=tmp_path) for _ in range(2))
+    one, other = (Recording.of(CONFIG, results=tmp_path) for _ in range(2))
     with one, other:
         assert (one.folder.name, other.folder.name) == (one.name, other.name) == ("mnist", "mnist-2")
         for recording in (other, one):
@@ -180,7 +180,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_taken_twice(tmp_path):
 
 
 def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path):
-    recording = Recording(CONFIG, results=tmp_path, name="a")
+    recording = Recording.of(CONFIG, results=tmp_path, name="a")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine.txt").write_text("mine")
     with pytest.raises(RunFolderError), recording:
@@ -234,7 +234,7 @@ def test_what_is_no_run_is_not_overwritten(tmp_path, what):
 
 
 def test_a_run_that_is_being_written_is_not_overwritten(tmp_path):
-    with Recording(CONFIG, results=tmp_path, name="a") as recording:
+    with Recording.of(CONFIG, results=tmp_path, name="a") as recording:
         iterator = iter(recording)
         next(iterator)
         with pytest.raises(RunFolderError, match="being written"):
@@ -346,7 +346,7 @@ def test_each_part_has_the_schema_with_its_units_and_marks(tmp_path, every_round
 
 
 def test_frames_are_the_same_from_disk_and_from_memory(tmp_path, every_round):
-    with Recording(CONFIG.override({"evaluation.every": 2}), results=tmp_path) as recording:
+    with Recording.of(CONFIG.override({"evaluation.every": 2}), results=tmp_path) as recording:
         records = tuple(recording)
     on_disk, in_memory = load_run(tmp_path / "mnist"), Run("mnist", None, CONFIG, _records=records)
     for kind in ("rounds", "clients"):
@@ -367,7 +367,7 @@ def test_nothing_is_written_without_a_results_folder(tmp_path, monkeypatch):
 
 
 def test_the_rounds_can_be_read_after_each_of_them(tmp_path, every_round):
-    with Recording(CONFIG, results=tmp_path) as recording:
+    with Recording.of(CONFIG, results=tmp_path) as recording:
         folder = recording.folder
         for kind, schema in SCHEMAS.items():
             empty = read(folder, kind)
@@ -424,7 +424,7 @@ def test_no_row_waits_for_more_than_a_second(tmp_path, monkeypatch, round_s, num
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("fedsim.results.writer.time", SimpleNamespace(monotonic=lambda: clock.now))
     config = CONFIG.override({"rounds": 100, "checkpoint.every_s": 10_000})
-    with RunWriter(tmp_path / "a", config, {}) as writer:
+    with begin(tmp_path / "a", config, {}) as writer:
         times, most_waiting = [], 0
         for r in range(24):
             clock.now += round_s
@@ -513,7 +513,7 @@ def test_the_error_of_a_client_is_in_run_json(tmp_path):
 
 def test_a_run_that_is_interrupted_says_so_and_keeps_its_rounds(tmp_path):
     def interrupt_after_round_1():
-        with Recording(CONFIG, results=tmp_path) as recording:
+        with Recording.of(CONFIG, results=tmp_path) as recording:
             for record in recording:
                 if record.round == 1:
                     raise KeyboardInterrupt
@@ -530,7 +530,7 @@ def test_a_run_that_is_interrupted_says_so_and_keeps_its_rounds(tmp_path):
 
 def test_a_recording_in_a_generator_that_is_closed_is_interrupted(tmp_path):
     def records():
-        with Recording(CONFIG, results=tmp_path) as recording:
+        with Recording.of(CONFIG, results=tmp_path) as recording:
             yield from recording
 
     iterator = records()
@@ -542,7 +542,7 @@ def test_a_recording_in_a_generator_that_is_closed_is_interrupted(tmp_path):
 
 
 def test_a_recording_that_is_left_by_break_is_not_finished(tmp_path):
-    with Recording(CONFIG, results=tmp_path) as recording:
+    with Recording.of(CONFIG, results=tmp_path) as recording:
         for _ in recording:
             break
     assert info(tmp_path / "mnist")["status"] == "interrupted"
@@ -550,7 +550,7 @@ def test_a_recording_that_is_left_by_break_is_not_finished(tmp_path):
 
 def test_a_run_cannot_be_taken_from_a_recording_that_has_not_begun():
     with pytest.raises(InputError, match="not started"):
-        Recording(CONFIG, results=None).run  # noqa: B018 - the property raises
+        Recording.of(CONFIG, results=None).run  # noqa: B018 - the property raises
 
 
 def fails_from_round_2(monkeypatch, where, num_times):
@@ -587,7 +587,7 @@ def fails_from_round_2(monkeypatch, where, num_times):
 @pytest.mark.parametrize("num_times", [1, 1000], ids=["once", "for good"])
 def test_a_part_that_cannot_be_written_costs_no_earlier_round(tmp_path, every_round, monkeypatch, where, num_times):
     failures = fails_from_round_2(monkeypatch, where, num_times)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunFailedError, match="no space left"):
         run(tmp_path)
     assert failures
     folder = tmp_path / "mnist"
@@ -602,7 +602,7 @@ def test_a_part_that_cannot_be_written_costs_no_earlier_round(tmp_path, every_ro
 
 def test_a_failure_to_write_is_a_failure_of_the_run(tmp_path, every_round, monkeypatch):
     fails_from_round_2(monkeypatch, "pq.write_table", 1)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunFailedError, match="no space left"):
         run(tmp_path)
     assert info(tmp_path / "mnist")["status"] == "failed"
     assert "no space left" in info(tmp_path / "mnist")["error"]
@@ -610,7 +610,7 @@ def test_a_failure_to_write_is_a_failure_of_the_run(tmp_path, every_round, monke
 
 def test_a_lasting_failure_to_write_is_a_failure_of_the_run_too(tmp_path, every_round, monkeypatch):
     fails_from_round_2(monkeypatch, "pq.write_table", 1000)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunFailedError, match="no space left"):
         run(tmp_path)
     assert info(tmp_path / "mnist")["status"] == "failed"
     assert "no space left" in info(tmp_path / "mnist")["error"]
@@ -637,7 +637,7 @@ def test_a_run_is_running_while_somebody_holds_its_lock(tmp_path):
 
 
 def test_a_writer_holds_the_lock_until_it_ends(tmp_path):
-    with Recording(CONFIG, results=tmp_path) as recording:
+    with Recording.of(CONFIG, results=tmp_path) as recording:
         assert is_live(recording.folder)
         assert is_live(recording.folder)  # looking takes nothing away
         assert not is_lockable_by_another_process(recording.folder)
@@ -682,7 +682,7 @@ def test_a_checkpoint_is_due_after_so_many_seconds(tmp_path, monkeypatch):
         saved.append(int(rows.max()))
         return {"weight": torch.tensor([float(len(saved))])}
 
-    with RunWriter(tmp_path / "a", config, {}) as writer:
+    with begin(tmp_path / "a", config, {}) as writer:
         for r in range(10):
             clock.now += 4
             writer.write(record_of(r, 0.0), tensors, {})
@@ -692,14 +692,14 @@ def test_a_checkpoint_is_due_after_so_many_seconds(tmp_path, monkeypatch):
 
 
 def test_the_weights_of_a_run_that_goes_on_are_those_of_the_newest_checkpoint(tmp_path, every_round):
-    with Recording(CONFIG.override({"checkpoint.every_s": 0}), results=tmp_path) as recording:
+    with Recording.of(CONFIG.override({"checkpoint.every_s": 0}), results=tmp_path) as recording:
         for record in recording:
             model = load_run(recording.folder).model()
             assert Layout.of(model).flatten(model).sha256() == record.weights_sha256
 
 
 def test_a_run_without_a_checkpoint_has_no_weights_yet(tmp_path):
-    with Recording(CONFIG, results=tmp_path) as recording:
+    with Recording.of(CONFIG, results=tmp_path) as recording:
         with pytest.raises(RunFolderError, match="no checkpoint yet"):
             load_run(recording.folder).weights()
         list(recording)
@@ -725,6 +725,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     file.unlink()
     with pytest.raises(RunFolderError, match=r"000003\.json"):
         finished.weights()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    finished = run(tmp_path, {"checkpoint.every_s": 0})
+    before = checkpoint.load(finished.path / "checkpoint", 2)[0]
+    file = finished.path / "checkpoint" / "000003.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.warns(FedsimWarning, match=r"000003\.safetensors is damaged.*weights of round 2"):
+        weights = finished.weights()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in before.items())
 
 
 # --- Reading a run back ----------------------------------------------------------------------------------------------
@@ -867,7 +877,7 @@ def test_many_runs_are_one_frame(tmp_path, monkeypatch):
 
 def test_runs_that_have_only_begun_are_among_many(tmp_path):
     run(tmp_path, name="done")
-    with Recording(CONFIG, results=tmp_path, name="begun") as recording:
+    with Recording.of(CONFIG, results=tmp_path, name="begun") as recording:
         runs = load_runs(f"{tmp_path}/*")
         assert [(found.name, found.status) for found in runs] == [("begun", "running"), ("done", "finished")]
         pd.testing.assert_frame_equal(runs.rounds, load_run(tmp_path / "done").rounds)
@@ -892,7 +902,7 @@ def test_the_runs_of_a_folder_are_found_by_name(tmp_path):
 
 
 def test_a_name_taken_in_the_last_moment_gives_the_next_one_or_is_refused_if_asked_for(tmp_path):
-    unnamed, named = Recording(CONFIG, results=tmp_path), Recording(CONFIG, results=tmp_path, name="mnist")
+    unnamed, named = Recording.of(CONFIG, results=tmp_path), Recording.of(CONFIG, results=tmp_path, name="mnist")
     answers = [tmp_path / "mnist", tmp_path / "mnist-2"]  # the first is free when asked for, and taken when made
     unnamed._target = lambda: answers.pop(0)
     named._target = lambda: tmp_path / "mnist"

@@ -19,23 +19,32 @@ import typer
 from rich.table import Table
 
 from fedsim import __version__
-from fedsim.cli import verification
+from fedsim.cli import resume, verification
 from fedsim.cli.options import (
     AddressOption,
     DebugOption,
     ExperimentArgument,
+    QuietOption,
     ResultsOption,
     SetOption,
     configuration,
     keys_help,
 )
-from fedsim.cli.terminal import console, count_rounds, with_progress
+from fedsim.cli.terminal import (
+    console,
+    count_rounds,
+    fail,
+    interrupted,
+    interrupts,
+    record,
+    say_outcome,
+    say_start,
+)
 from fedsim.errors import FedsimError, FedsimWarning
 from fedsim.presets import PRESETS, preset
 
 if TYPE_CHECKING:
     from fedsim.experiment import Experiment
-    from fedsim.metrics import RoundRecord
     from fedsim.placement import Plan
 
 app = typer.Typer(
@@ -56,36 +65,27 @@ def run(
     results: ResultsOption = Path("results"),
     address: AddressOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replaces a run of that name.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Prints no progress, only the outcome.")] = False,
+    quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Runs an experiment and writes its rounds to Parquet."""
     from fedsim import launch, run_folder
 
     config = configuration(experiment_name, changes, address)
-    started = time.perf_counter()
+    started, recording = time.perf_counter(), None
     run_folder.target(results, name, config.name, overwrite)  # refuses a name before anything is started
-    record: RoundRecord | None = None
     try:
         with launch.early_ray(config, debug=debug):
             from fedsim.recording import Recording
 
-            recording = Recording(config, results=results, name=name, overwrite=overwrite, debug=debug)
-            if _interrupts:
-                raise KeyboardInterrupt
-            with recording:
-                for finished in recording if quiet else with_progress(recording):
-                    record = finished
-                    if _interrupts:
-                        raise KeyboardInterrupt
+            on_plan = (lambda recording: None) if quiet else say_start
+            recording = Recording.of(
+                config, results=results, name=name, overwrite=overwrite, debug=debug, on_plan=on_plan
+            )
+            record(recording, quiet=quiet)
     except KeyboardInterrupt:
-        done = f"{recording.folder} holds the rounds up to {record.round}" if record else "no round was finished"
-        _fail(f"interrupted: {done}", 130)
-    assert record is not None  # round 0 is always there
-    accuracy = f"test accuracy {record.test_accuracy:.4f}"  # the last round is always evaluated
-    seconds = time.perf_counter() - started
-    console.print(f"{recording.folder}: {accuracy} after {count_rounds(record.round)} ({seconds:.1f} s)")
-    console.print(f"import pandas as pd; pd.read_parquet({f'{recording.folder}/rounds.parquet'!r})")
+        fail(interrupted(recording), 130)
+    say_outcome(recording, time.perf_counter() - started)
 
 
 @app.command(epilog=keys_help())
@@ -115,6 +115,7 @@ def plan(
     console.print(table)
 
 
+app.command()(resume.resume)
 app.command()(verification.verify)
 app.command()(verification.replay)
 
@@ -186,7 +187,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Prints the
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command and exits with 0, 1 (failed), 2 (wrong input) or 130 (interrupted)."""
-    _interrupts.clear()
+    interrupts.clear()
     warnings.showwarning = _show_warning
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
@@ -196,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (FedsimError, OSError) as error:
         code = error.exit_code if isinstance(error, FedsimError) else 1
         said = "\n".join([str(error), *getattr(error, "__notes__", [])])
-        _fail(traceback.format_exc() if "--debug" in arguments else said, code)
+        fail(traceback.format_exc() if "--debug" in arguments else said, code)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **named: Any) -> None:
@@ -208,17 +209,11 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 _showwarning = warnings.showwarning
-_interrupts: list[int] = []  # signals so far: a library may swallow the exception while it is imported
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    _interrupts.append(number)
+    interrupts.append(number)
     raise KeyboardInterrupt
-
-
-def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"fedsim: {message}\n")
-    sys.exit(code)
 
 
 def _engine(x: Experiment, made: Plan) -> str:

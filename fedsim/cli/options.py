@@ -20,6 +20,7 @@ SetOption = Annotated[
 ]
 AddressOption = Annotated[str | None, typer.Option(help="Where Ray is: local (a private one), auto, or HOST:PORT.")]
 ResultsOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds the runs' folders.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Prints no progress, only the outcome.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Shows tracebacks and what the actors print.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in --results.")]
 AnywayOption = Annotated[

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -16,10 +17,57 @@ if TYPE_CHECKING:
 _WIDTH = None if sys.stdout.isatty() else 200
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=_WIDTH)
 
+interrupts: list[int] = []
+"""Signals so far that end the command: a library may swallow the exception while it is imported."""
+
 
 def count_rounds(number: int) -> str:
     """1 round, 2 rounds."""
     return "1 round" if number == 1 else f"{number} rounds"
+
+
+def record(recording: Recording, *, quiet: bool) -> None:
+    """Goes through a recording, with progress unless quiet.
+
+    Raises:
+        KeyboardInterrupt: also where a signal came, and a library swallowed it.
+    """
+    if interrupts:
+        raise KeyboardInterrupt
+    with recording:
+        for _ in recording if quiet else with_progress(recording):
+            if interrupts:
+                raise KeyboardInterrupt
+
+
+def interrupted(recording: Recording | None) -> str:
+    """What a person needs to know of a run that was interrupted."""
+    if recording is None or recording.done is None:
+        return "interrupted: no round was finished"
+    how = f"fedsim resume {shlex.quote(str(recording.folder))}"
+    return f"interrupted: {recording.folder} holds the rounds up to {recording.done}; {how} goes on"
+
+
+def say_outcome(recording: Recording, seconds: float) -> None:
+    """A finished run's path and accuracy, and how to read it."""
+    if recording.last is not None:
+        accuracy = recording.last.test_accuracy  # the last round is always evaluated
+    else:  # of a run that was only to be ended
+        accuracy = recording.run.rounds["test_accuracy"].iloc[-1]
+    rounds = count_rounds(recording.experiment.config.rounds)
+    console.print(f"{recording.folder}: test accuracy {accuracy:.4f} after {rounds} ({seconds:.1f} s)")
+    console.print(f"import pandas as pd; pd.read_parquet({f'{recording.folder}/rounds.parquet'!r})")
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Says why the command ends, and ends it."""
+    sys.stderr.write(f"fedsim: {message}\n")
+    sys.exit(code)
+
+
+def say_start(recording: Recording) -> None:
+    """What starts, and how long it will take."""
+    print(_start_line(recording), flush=True)
 
 
 def with_progress(recording: Recording) -> Iterator[RoundRecord]:
@@ -37,7 +85,6 @@ def _start_line(recording: Recording) -> str:
 
 
 def _lines(recording: Recording) -> Iterator[RoundRecord]:
-    print(_start_line(recording), flush=True)
     for record in recording:
         accuracy = "" if record.test_accuracy is None else f"  test_accuracy {record.test_accuracy:.4f}"
         total = recording.experiment.config.rounds
@@ -56,10 +103,11 @@ def _bar(recording: Recording) -> Iterator[RoundRecord]:
         ),
         progress.TimeRemainingColumn(),
     )
-    console.print(_start_line(recording))
     with progress.Progress(*columns, console=console) as bar:
         total = recording.experiment.config.rounds
-        task = bar.add_task(f"{recording.name}: starting", total=total, accuracy="", rate="")
+        task = bar.add_task(
+            f"{recording.name}: starting", total=total, completed=recording.done or 0, accuracy="", rate=""
+        )
         accuracy = ""
         for record in recording:
             if record.test_accuracy is not None:

@@ -10,6 +10,7 @@ import typer
 from fedsim.cli.options import AnywayOption, DebugOption, ResultsOption, RunArgument, parsed
 from fedsim.cli.terminal import console
 from fedsim.errors import ConfigError
+from fedsim.run_folder import path_of
 
 if TYPE_CHECKING:
     from fedsim.rerun import Rerun
@@ -36,7 +37,6 @@ def verify(
     """Computes rounds of a run again under another placement, and compares every hash."""
     placement = _placement(changes)
     from fedsim.rerun import plan_verify
-    from fedsim.results import path_of
     from fedsim.verification import recompute
 
     rerun = plan_verify(path_of(run, results), rounds=rounds, placement=placement, anyway=anyway)
@@ -60,7 +60,6 @@ def replay(
 ) -> None:
     """Trains one client of one round again in this process, and compares it with the recorded row."""
     from fedsim.rerun import plan_replay
-    from fedsim.results import path_of
     from fedsim.verification import retrain
 
     rerun = plan_replay(path_of(run, results), round=round, client=client, anyway=anyway)

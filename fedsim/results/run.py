@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from fedsim import checkpoint, models
 from fedsim.config import Config
 from fedsim.config.tables import lookup
-from fedsim.errors import RunFolderError
+from fedsim.errors import FedsimWarning, RunFolderError
 from fedsim.metrics import RoundRecord, table
 from fedsim.numerics import numerics
-from fedsim.results.writer import RUN_VERSION, SCHEMAS
-from fedsim.run_folder import is_live, read_info
+from fedsim.results.parts import SCHEMAS
+from fedsim.run_folder import is_live, read_info, read_run
 from fedsim.weights import Layout
 
 if TYPE_CHECKING:
@@ -73,15 +74,24 @@ class Run:
     def weights(self) -> dict[str, Tensor]:
         """The newest saved weights by name: after a finished run, the final ones.
 
+        A damaged checkpoint gives way to the one before, with a `FedsimWarning`.
+
         Raises:
-            RunFolderError: the run has no checkpoint yet, or it is damaged.
+            RunFolderError: the run has no checkpoint yet, or none that is whole.
         """
         if self.path is None:
             return {name: tensor.clone() for name, tensor in (self._tensors or {}).items()}
-        saved = checkpoint.rounds(self.path / "checkpoint")
-        if not saved:
-            raise RunFolderError(f"{self.path} has no checkpoint yet")
-        return checkpoint.load(self.path / "checkpoint", saved[-1])[0]
+        folder, damage = self.path / "checkpoint", []
+        for round in reversed(checkpoint.rounds(folder)):
+            try:
+                tensors = checkpoint.load(folder, round)[0]
+            except RunFolderError as error:
+                damage.append(error)
+                continue
+            for problem in damage:
+                warnings.warn(f"{problem}; these are the weights of round {round}", FedsimWarning, stacklevel=2)
+            return tensors
+        raise damage[0] if damage else RunFolderError(f"{self.path} has no checkpoint yet")
 
     def model(self) -> nn.Module:
         """The model with `weights` loaded.
@@ -122,13 +132,9 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
         RunFolderError: the folder is not a run of fedsim, or of a newer version.
     """
     folder = Path(path)
-    info = read_info(folder)
-    if info is None:
-        raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's")
-    version = info["fedsim_run"]
-    if not isinstance(version, int) or version > RUN_VERSION:
-        raise RunFolderError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
-    config = Config.from_toml(folder / "config.toml")
+    info, config, edited = read_run(folder)
+    if edited:
+        warnings.warn(f"{edited}; it need not say what was run", FedsimWarning, stacklevel=2)
     try:
         own, data = info["own"], info["data"]
         shape, num_classes = tuple(data["input_shape"]), data["num_classes"]
@@ -138,20 +144,6 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
         model = lookup(models.MODELS, config.model.name, "model.name")
     make = partial(models.build, model, shape, num_classes, config.seed) if model else None
     return Run(folder.name, folder, config, _model=make)
-
-
-def path_of(run: str, results: Path) -> Path:
-    """The folder of a run that is named by its path, or by its name in a results folder.
-
-    Raises:
-        RunFolderError: it is neither.
-    """
-    for folder in (Path(run), results / run):
-        if read_info(folder) is not None:
-            return folder
-    raise RunFolderError(
-        f"{run!r} is not a run: neither a run's folder nor a name in {results}; `fedsim runs` lists them"
-    )
 
 
 class Runs(tuple[Run, ...]):

@@ -1,121 +1,61 @@
-"""Writing a run's folder: lock, rows, checkpoints, status."""
+"""Writing a run's folder while the run goes on: rows, checkpoints, status."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import io
+import errno
 import json
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import Tensor
 
 from fedsim import checkpoint
 from fedsim.config import Config
-from fedsim.errors import RunExistsError, RunFolderError
-from fedsim.files import publish
-from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, RoundRecord, table
-from fedsim.run_folder import check_replaceable
+from fedsim.errors import RunFailedError
+from fedsim.files import publish, sync
+from fedsim.metrics import RoundRecord
+from fedsim.results import parts
 
-RUN_VERSION = 1
 FLUSH_S = 1.0
 """Rows wait at most about this long before they are in a file."""
 
-_OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", "run.json")
-
-
-def _remove_ours(folder: Path) -> None:
-    """Empties a run's folder of what fedsim wrote; whatever else lies there stays."""
-    for name in _OURS:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _locked(folder: Path) -> BinaryIO:
-    """Takes the lock of a run's folder; a reader that asks whether the run is live holds it for a moment."""
-    lock = (folder / ".lock").open("wb")
-    for attempt in range(20):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.05 * (attempt < 19))
-        else:
-            return lock
-    lock.close()
-    raise RunFolderError(f"{folder} is being written by a running fedsim; wait for it, or choose another --name")
-
 
 class RunWriter:
-    """Writes one run's folder. As a context manager it ends the run with the status that fits.
+    """Writes rounds into a run's folder. As a context manager it ends the run with the status that fits.
 
     Args:
-        folder: from `target`.
+        folder: the run's folder, from `begin` or `go_on`.
+        held: its lock; given back at the end.
         config: the whole resolved configuration.
-        info: what run.json says besides status and times.
-
-    Raises:
-        RunFolderError: the folder cannot be made.
+        info: what run.json says.
+        last_round: what the folder holds already; None for nothing.
     """
 
-    def __init__(self, folder: Path, config: Config, info: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.folder, self._config = folder, config
+    def __init__(
+        self, folder: Path, held: BinaryIO, config: Config, info: dict[str, Any], *, last_round: int | None = None
+    ) -> None:
+        self.folder, self._lock, self._config, self._info = folder, held, config, info
         self._rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "clients": []}
         self._first_round: int | None = None  # of the rows that wait
-        self._last_round: int | None = None
-        self._info = {
-            "fedsim_run": RUN_VERSION,
-            "name": folder.name,
-            "status": "running",
-            "started_at": _now(),
-            "ended_at": None,
-            "error": None,
-            **info,
-        }
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            is_replaced = overwrite and folder.exists()
-            if is_replaced:
-                check_replaceable(folder)
-            else:
-                folder.mkdir()
-            self._lock = _locked(folder)
-        except FileExistsError:
-            raise RunExistsError(f"{folder} exists already; choose another --name") from None
-        except OSError as error:
-            raise RunFolderError(f"cannot make the run's folder {folder}: {error}") from None
-        try:
-            if is_replaced:
-                _remove_ours(folder)
-            publish(folder / "config.toml", config.to_toml().encode())
-            for kind, schema in SCHEMAS.items():  # an empty typed part: the folders can be read from the start
-                (folder / f"{kind}.parquet").mkdir()
-                self._write_part(kind, "part-empty", table([], schema))
-            self.update()
-        except BaseException as error:  # a full disk, Ctrl-C: as if nothing had been
-            _remove_ours(folder)
-            (folder / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # what others put there stays
-                folder.rmdir()
-            if isinstance(error, OSError):
-                raise RunFolderError(f"cannot write to the run's folder {folder}: {error}") from None
-            raise
+        self._last_round = last_round
+        self._save: Callable[[], None] | None = None  # a checkpoint of the last round, where it has none
+        self._unsynced: list[Path] = []
         self._flushed = self._checkpointed = time.monotonic()
 
     def update(self, **changes: Any) -> None:
-        """Changes entries of run.json."""
+        """Changes entries of run.json.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         self._info |= changes
-        publish(self.folder / "run.json", json.dumps(self._info, indent=2).encode())
+        publish(self.folder / "run.json", json.dumps(self._info, indent=2).encode(), durable=True)
 
     def write(self, record: RoundRecord, tensors: Callable[[], dict[str, Tensor]], state: dict[str, Tensor]) -> None:
         """Takes a round's record, and a checkpoint where one is due.
@@ -124,33 +64,53 @@ class RunWriter:
             record: the round.
             tensors: gives the model's tensors by name; called only for a checkpoint.
             state: the strategy's state after the round.
+
+        Raises:
+            RunFailedError: a file cannot be written.
         """
         if self._first_round is None:
             self._first_round = record.round
         self._last_round = record.round
-        self._rows["rounds"].append(record.row(self.folder.name))
-        self._rows["clients"] += [client.row(self.folder.name) for client in record.clients]
+        self._rows["clients"] += [client.row(self._info["name"]) for client in record.clients]
+        self._rows["rounds"].append(record.row(self._info["name"]))
+        # a round in which no client completed ends the run, which is to go on before it
+        is_lost = record.num_sampled > 0 and record.num_completed == 0
+        self._save = None if is_lost else partial(self._checkpoint, record, tensors, state)
         now, settings = time.monotonic(), self._config.checkpoint
         is_due = now - self._checkpointed >= settings.every_s or record.round == self._config.rounds
-        if is_due or now + record.round_s - self._flushed >= FLUSH_S:  # the next round may take as long as this one
-            self.flush()
-        if is_due:
-            folder = self.folder / "checkpoint"
-            checkpoint.save(folder, record.round, tensors(), state, record.weights_sha256)
-            checkpoint.prune(folder, settings.keep)
-            self._checkpointed = now
+        with self._failing():
+            if is_due or now + record.round_s - self._flushed >= FLUSH_S:  # the next round may take as long as this one
+                self.flush()
+            if is_due:
+                self._save_last()
 
     def flush(self) -> None:
         """Publishes the waiting rows as one part each: first the clients, so that a round's row comes last."""
-        if self._first_round is None:
+        if self._first_round is None or self._last_round is None:
             return
-        part = f"part-{self._first_round:06d}-{self._last_round:06d}"
         for kind in ("clients", "rounds"):
             if self._rows[kind]:
-                self._write_part(kind, part, table(self._rows[kind], SCHEMAS[kind]))
+                rows = self._rows[kind]
+                self._unsynced.append(parts.write_rows(self.folder, kind, self._first_round, self._last_round, rows))
                 self._rows[kind] = []
         self._first_round = None
         self._flushed = time.monotonic()
+
+    def _save_last(self) -> None:
+        """Saves a checkpoint of the last round, where it has none and may have one."""
+        if self._save is not None:
+            self._save()
+            self._save = None
+
+    def _checkpoint(
+        self, record: RoundRecord, tensors: Callable[[], dict[str, Tensor]], state: dict[str, Tensor]
+    ) -> None:
+        sync(self._unsynced)  # a checkpoint without the rows before it would be worth nothing
+        self._unsynced = []
+        folder = self.folder / "checkpoint"
+        checkpoint.save(folder, record.round, tensors(), state, record.weights_sha256)
+        checkpoint.prune(folder, self._config.checkpoint.keep)
+        self._checkpointed = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -158,33 +118,37 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        try:
+        masked = (Exception,) if error else ()  # what went wrong first is what is told
+        with self._lock, contextlib.suppress(*masked), self._failing():
             try:
-                self.flush()
+                with self._failing():
+                    self.flush()
+                    self._save_last()
             except Exception as own_error:
                 error = error or own_error
                 raise
             finally:
                 self._end(error)
-        finally:
-            self._lock.close()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What cannot be written fails the run: one line for a person, not a bug in the program around it."""
+        try:
+            yield
+        except OSError as error:
+            advice = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            reason = error.strerror or error
+            raise RunFailedError(f"cannot write {error.filename or self.folder}: {reason}{advice}") from error
 
     def _end(self, error: BaseException | None) -> None:
         if isinstance(error, Exception):
-            self.update(status="failed", ended_at=_now(), error=f"{type(error).__name__}: {error}")
+            self.update(status="failed", ended_at=now(), error=f"{type(error).__name__}: {error}")
         elif error is None and self._last_round == self._config.rounds:
-            self.update(status="finished", ended_at=_now())
+            self.update(status="finished", ended_at=now())
         else:  # Ctrl-C, SIGTERM, or an iteration left early
-            self.update(status="interrupted", ended_at=_now())
-
-    def _write_part(self, kind: str, name: str, rows: pa.Table) -> None:
-        buffer = io.BytesIO()
-        pq.write_table(rows, buffer)
-        publish(self.folder / f"{kind}.parquet" / f"{name}.parquet", buffer.getvalue())
+            self.update(status="interrupted", ended_at=now())
 
 
-SCHEMAS = {"rounds": ROUND_SCHEMA, "clients": CLIENT_SCHEMA}
-
-
-def _now() -> str:
+def now() -> str:
+    """The time as run.json has it, UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

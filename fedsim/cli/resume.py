@@ -1,0 +1,60 @@
+"""`fedsim resume`: where the run goes on, then what `fedsim run` prints."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+
+from fedsim.cli.options import (
+    AddressOption,
+    AnywayOption,
+    DebugOption,
+    QuietOption,
+    ResultsOption,
+    RunArgument,
+    SetOption,
+    parsed,
+)
+from fedsim.cli.terminal import console, count_rounds, fail, interrupted, record, say_outcome, say_start
+
+
+def resume(
+    run: RunArgument,
+    changes: SetOption = None,
+    results: ResultsOption = Path("results"),
+    address: AddressOption = None,
+    quiet: QuietOption = False,
+    anyway: AnywayOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Goes on with an interrupted run, exactly; --set rounds=N extends a finished one."""
+    from fedsim import launch, run_folder
+
+    started, recording = time.perf_counter(), None
+    values = parsed(changes) | ({} if address is None else {"placement.address": address})
+    folder = run_folder.path_of(run, results)
+    try:
+        with run_folder.stopped(folder, values) as stopped, contextlib.ExitStack() as stack:
+            if stopped.info["status"] != "finished" or "rounds" in values:
+                stack.enter_context(launch.early_ray(stopped.config, debug=debug))
+            from fedsim.recording import Recording
+            from fedsim.resumption import plan_resume
+
+            resumption = plan_resume(stopped, anyway=anyway)
+            if resumption is None:
+                done = count_rounds(stopped.config.rounds)
+                console.print(f"{folder}: finished, after {done}; --set rounds=N with more goes on")
+                return
+            if not quiet:
+                first, last = resumption.next_round, stopped.config.rounds
+                console.print(f"{folder}: " + (f"goes on with round {first}/{last}" if first <= last else "ends"))
+            for unlike in resumption.unlike:
+                console.print(f"nevertheless: {unlike}")
+            on_plan = (lambda recording: None) if quiet else say_start
+            recording = Recording(resumption.experiment, resumption, debug=debug, on_plan=on_plan)
+            record(recording, quiet=quiet)
+    except KeyboardInterrupt:
+        fail(interrupted(recording), 130)
+    assert recording is not None
+    say_outcome(recording, time.perf_counter() - started)

@@ -1,0 +1,49 @@
+"""What may be another when a run goes on: how far, where, and how carefully; never what a round gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedsim.config import Config, PlacementConfig
+from fedsim.errors import ConfigError
+
+MAY_CHANGE = "rounds, placement.* but placement.threads, failures.*, checkpoint.*"
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A run's configuration for its next rounds.
+
+    Args:
+        config: the run's own, as it was read from its folder.
+        changes: dotted keys.
+
+    Raises:
+        ConfigError: a key that the results depend on, with another value than the run's; or see `Config.override`.
+    """
+    values = config.to_dict()
+    if config.placement.address == PlacementConfig().address:
+        del values["placement"]["address"]  # written down it would outweigh RAY_ADDRESS, which may have been meant
+    new = Config.from_dict(values).override(changes)
+    was, now = dict(_flat(config.to_dict())), dict(_flat(new.to_dict()))
+    for key in [*now, *was]:
+        if was.get(key) != now.get(key) and not _may_change(key):
+            given = f"{key} = {now.get(key)!r}" if key in now else f"no {key}"
+            had = f"{was[key]!r}" if key in was else "none"
+            raise ConfigError(
+                f"{given}, but the run has {had}, and its results depend on it: start a new run for that; "
+                f"a run that goes on may change {MAY_CHANGE}"
+            )
+    return new
+
+
+def _may_change(key: str) -> bool:
+    return key.partition(".")[0] in ("rounds", "placement", "failures", "checkpoint") and key != "placement.threads"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,126 @@
+"""A run's folder when writing begins: made for a new run, or put right for one that goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedsim import checkpoint
+from fedsim.config import Config
+from fedsim.errors import RunExistsError, RunFolderError
+from fedsim.files import publish
+from fedsim.results import parts
+from fedsim.results.parts import Whole
+from fedsim.results.writer import RunWriter, now
+from fedsim.run_folder import RUN_VERSION, check_replaceable, lock, sha256
+
+_OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", "run.json")
+
+
+def begin(folder: Path, config: Config, info: dict[str, Any], *, overwrite: bool = False) -> RunWriter:
+    """Makes the folder of a new run.
+
+    Args:
+        folder: from `target`.
+        config: the whole resolved configuration.
+        info: what run.json says besides status and times.
+        overwrite: replaces a run that is there.
+
+    Raises:
+        RunFolderError: the folder cannot be made; nothing is left of it.
+    """
+    text = config.to_toml().encode()
+    info = {
+        "fedsim_run": RUN_VERSION,
+        "name": folder.name,
+        "status": "running",
+        "started_at": now(),
+        "ended_at": None,
+        "error": None,
+        "config_sha256": hashlib.sha256(text).hexdigest(),
+        **info,
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        is_replaced = overwrite and folder.exists()
+        if is_replaced:
+            check_replaceable(folder)
+        else:
+            folder.mkdir()
+        held = lock(folder)
+    except FileExistsError:
+        raise RunExistsError(f"{folder} exists already; choose another --name") from None
+    except OSError as error:
+        raise RunFolderError(f"cannot make the run's folder {folder}: {error}") from None
+    try:
+        if is_replaced:
+            _remove_ours(folder)
+        publish(folder / "config.toml", text, durable=True)
+        parts.write_empty(folder)
+        writer = RunWriter(folder, held, config, info)
+        writer.update()
+    except BaseException as error:  # a full disk, Ctrl-C: as if nothing had been
+        _remove_ours(folder)
+        (folder / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what others put there stays
+            folder.rmdir()
+        held.close()
+        if isinstance(error, OSError):
+            raise RunFolderError(f"cannot write to the run's folder {folder}: {error}") from None
+        raise
+    return writer
+
+
+def go_on(
+    folder: Path, held: BinaryIO, config: Config, info: dict[str, Any], whole: Whole, round: int | None
+) -> RunWriter:
+    """Puts the folder of a run right, so that it is as the run left it after a round.
+
+    Every step leaves a folder that can be gone on with, and that readers find whole.
+
+    Args:
+        folder: the run's folder.
+        held: its lock.
+        config: its configuration from now on.
+        info: what run.json is to say besides the status.
+        whole: its records that are whole.
+        round: of the checkpoint to go on from; None for none: round 0 comes next.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    text, before = config.to_toml().encode(), sha256(folder / "config.toml")
+    digest = hashlib.sha256(text).hexdigest()
+    last = -1 if round is None else round
+    kept = [name for name, end in whole.parts.items() if end <= last]
+    try:
+        writer = RunWriter(folder, held, config, info, last_round=round)
+        was = {"config_sha256_before": before} if digest != before else {}  # there is a moment when both may be there
+        writer.update(status="running", ended_at=None, error=None, config_sha256=digest, **was)
+        if was:
+            publish(folder / "config.toml", text, durable=True)
+            writer.update(config_sha256_before=None)
+        parts.take_back(folder, {*kept})
+        checkpoint.remove_after(folder / "checkpoint", last)
+        for place in (folder, folder / "rounds.parquet", folder / "clients.parquet", folder / "checkpoint"):
+            for path in place.glob(".*.tmp"):
+                path.unlink()
+        if kept and whole.rounds[last].is_evaluated and last % config.evaluation.every and last != config.rounds:
+            parts.forget_evaluation(folder, kept[-1], last)  # it was the last round, and is no longer
+        parts.write_empty(folder)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to the run's folder {folder}: {error}") from None
+    return writer
+
+
+def _remove_ours(folder: Path) -> None:
+    """Empties a run's folder of what fedsim wrote; whatever else lies there stays."""
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

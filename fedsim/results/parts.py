@@ -1,0 +1,177 @@
+"""The part files of a run's records: written whole, checked to the byte, and taken back where a run goes on earlier.
+
+rounds.parquet/part-000012-000019.parquet     the rows of rounds 12 to 19
+clients.parquet/part-000012-000019.parquet    those of their clients, published before
+*/part-empty.parquet                          typed and without a row, so that the folders can be read from the start
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedsim.errors import RunFolderError
+from fedsim.files import publish
+from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, table
+
+SCHEMAS = {"rounds": ROUND_SCHEMA, "clients": CLIENT_SCHEMA}
+EMPTY = "part-empty.parquet"
+_PART = re.compile(r"part-(\d{6})-(\d{6})\.parquet")
+_EVALUATION = ("test_loss", "test_accuracy")
+
+
+class Row(NamedTuple):
+    """What going on with a run asks of a round's row."""
+
+    weights_sha256: str
+    is_evaluated: bool
+    is_lost: bool
+    """Clients were sampled, and not one of them completed."""
+
+
+@dataclass
+class Whole:
+    """The records of a run that are whole: from round 0 on, with all clients of each round."""
+
+    parts: dict[str, int] = field(default_factory=dict)
+    """Name of a part of both folders -> its last round; ascending."""
+    rounds: list[Row] = field(default_factory=list)
+    """Of round 0, 1, ..."""
+    names: set[str] = field(default_factory=set)
+    """The run's name in the rows: one, if all is well."""
+    damage: str | None = None
+    """What is wrong with the first part that is not whole, and which it is; None where all are."""
+
+    @property
+    def last(self) -> int:
+        """The last whole round; -1 where there is none."""
+        return len(self.rounds) - 1
+
+
+def write(folder: Path, kind: str, name: str, rows: pa.Table) -> Path:
+    """Publishes a part of a run's `kind`, rounds or clients, with a checksum on every page of it."""
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer, write_page_checksum=True)
+    path = folder / f"{kind}.parquet" / name
+    publish(path, buffer.getvalue())
+    return path
+
+
+def write_rows(folder: Path, kind: str, first: int, last: int, rows: list[dict[str, Any]]) -> Path:
+    """Publishes the rows of rounds `first` to `last`."""
+    return write(folder, kind, f"part-{first:06d}-{last:06d}.parquet", table(rows, SCHEMAS[kind]))
+
+
+def write_empty(folder: Path) -> None:
+    """Makes both folders where they are missing, and their parts without a row."""
+    for kind, schema in SCHEMAS.items():
+        (folder / f"{kind}.parquet").mkdir(exist_ok=True)
+        write(folder, kind, EMPTY, table([], schema))
+
+
+def find_whole(folder: Path) -> Whole:
+    """Reads every part in a run's folder and says how far its records are whole; changes nothing.
+
+    Raises:
+        RunFolderError: among the parts lies a file that is not fedsim's.
+    """
+    whole = Whole()
+    for kind in SCHEMAS:
+        if foreign := [name for name in _visible(folder, kind) if name != EMPTY and not _PART.fullmatch(name)]:
+            raise RunFolderError(f"{folder / f'{kind}.parquet' / foreign[0]} is not fedsim's: move it elsewhere")
+    try:
+        for name in sorted(name for name in _visible(folder, "rounds") if name != EMPTY):
+            _read_pair(folder, name, whole)
+        for kind in SCHEMAS:
+            if _read(folder, kind, EMPTY).num_rows:
+                raise RunFolderError(f"{folder / f'{kind}.parquet' / EMPTY} is not empty")
+    except RunFolderError as error:
+        whole.damage = str(error)
+    return whole
+
+
+def take_back(folder: Path, keep: set[str]) -> None:
+    """Removes all parts but some, newest first and rounds before clients: what a reader sees is always whole."""
+    for kind in SCHEMAS:
+        for name in sorted(_visible(folder, kind), reverse=True):
+            if name not in keep and _PART.fullmatch(name):
+                (folder / f"{kind}.parquet" / name).unlink()
+
+
+def forget_evaluation(folder: Path, name: str, round: int) -> None:
+    """Makes the test columns of a round null, as they are in a run that goes on after it."""
+    rows = _read(folder, "rounds", name)
+    place = rows["round"].to_pylist().index(round)
+    for column in _EVALUATION:
+        values = rows[column].to_pylist()
+        values[place] = None
+        index = rows.schema.get_field_index(column)
+        rows = rows.set_column(index, rows.schema.field(index), pa.array(values, rows.schema.field(index).type))
+    write(folder, "rounds", name, rows)
+
+
+def _visible(folder: Path, kind: str) -> list[str]:
+    path = folder / f"{kind}.parquet"
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is not a folder: move it elsewhere")
+    return [file.name for file in path.glob("[!.]*")]
+
+
+def _read(folder: Path, kind: str, name: str) -> pa.Table:
+    """A part with all its checksums compared.
+
+    Raises:
+        RunFolderError: it is missing, damaged, or has other columns.
+    """
+    path = folder / f"{kind}.parquet" / name
+    try:
+        rows = pq.ParquetFile(io.BytesIO(path.read_bytes()), page_checksum_verification=True).read()
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} is missing") from None
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RunFolderError(f"{path} is damaged: {reason}") from None
+    if not rows.schema.equals(SCHEMAS[kind]):
+        raise RunFolderError(f"{path} is damaged: its columns are not those of a run's {kind}")
+    return rows
+
+
+def _read_pair(folder: Path, name: str, whole: Whole) -> None:
+    """Adds a part of rounds to what is whole, once it and its clients' part are.
+
+    Raises:
+        RunFolderError: they are not.
+    """
+    match = _PART.fullmatch(name)
+    assert match is not None
+    first, last = int(match[1]), int(match[2])
+    path, expected = folder / "rounds.parquet" / name, whole.last + 1
+    if first != expected:
+        raise RunFolderError(f"{path} does not follow on: a part from round {expected} on is missing")
+    rounds = _read(folder, "rounds", name)
+    if rounds["round"].to_pylist() != list(range(first, last + 1)):
+        raise RunFolderError(f"{path} is damaged: it does not have one row for each of its rounds")
+    rows = rounds.select(["round", "num_sampled", "num_completed", "weights_sha256", *_EVALUATION]).to_pylist()
+    sampled = {row["round"]: row["num_sampled"] for row in rows if row["num_sampled"]}
+    names = set(rounds["run"].unique().to_pylist())
+    if sampled:
+        clients = _read(folder, "clients", name)
+        names |= set(clients["run"].unique().to_pylist())
+        counts = clients.group_by("round").aggregate([("client_id", "count"), ("client_id", "count_distinct")])
+        found = {row["round"]: (row["client_id_count"], row["client_id_count_distinct"]) for row in counts.to_pylist()}
+        if found != {round: (number, number) for round, number in sampled.items()}:
+            raise RunFolderError(
+                f"{folder / 'clients.parquet' / name} is damaged: it does not have one row for each sampled client"
+            )
+    for row in rows:
+        is_evaluated = any(row[column] is not None for column in _EVALUATION)
+        is_lost = row["num_sampled"] > 0 and row["num_completed"] == 0
+        whole.rounds.append(Row(row["weights_sha256"], is_evaluated, is_lost))
+    whole.names |= names
+    whole.parts[name] = last
