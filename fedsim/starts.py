@@ -41,12 +41,15 @@ def newest(folder: Path, whole: Whole, x: Experiment) -> tuple[Start | None, lis
     """The newest checkpoint that a run can go on from, and what is wrong with newer ones.
 
     None is round 0. A checkpoint whose rows are not whole is passed over, and so is that of a round in which no
-    client completed: the run is to end in that round again.
+    client completed: the run is to end in that round again. Where a run is made shorter, its last round has to be
+    evaluated, which only happens as it is computed.
     """
     damage: list[str] = []
     ends = set(whole.parts.values())
     for round in reversed(checkpoint.rounds(folder / "checkpoint")):
         if round not in ends or whole.rounds[round].is_lost:
+            continue
+        if round == x.config.rounds and not whole.rounds[round].is_evaluated:
             continue
         try:
             return restore(folder, round, x, whole.rounds[round].weights_sha256), damage

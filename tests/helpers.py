@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import psutil
+import torch
 
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
 
@@ -16,6 +17,19 @@ def results_of(run):
         names = [field.name for field in schema if field.metadata[b"kind"] == b"result" and field.name != "run"]
         frames.append(frame[names].to_dict("list"))
     return repr(frames)  # repr: NaN equals itself, floats to the last bit
+
+
+def assert_same_results(one, other):
+    """Two runs have equal bits: every result column, and the final weights."""
+    assert results_of(one) == results_of(other)
+    ours, theirs = one.weights(), other.weights()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def content(folder):
+    """Every file below a folder, with its bytes."""
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def wait_until(condition, timeout_s=30.0):

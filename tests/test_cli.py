@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 import tomllib
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from fedsim.config import Config, keys
 from fedsim.datasets import DATASETS
 from fedsim.partition import PARTITIONERS
 from fedsim.presets import PRESETS
+from fedsim.run_folder import lock
 from fedsim.sampling import SAMPLERS
 from fedsim.strategies import STRATEGIES
 
@@ -523,6 +525,138 @@ def test_an_interrupt_that_is_swallowed_later_ends_the_run_after_its_round(call,
     assert len(pd.read_parquet("results/mnist/rounds.parquet")) < 4
 
 
+# --- A run that goes on -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(call, monkeypatch):
+    """A run that was interrupted in its second round of four."""
+    with monkeypatch.context() as patch:
+        break_model(patch, KeyboardInterrupt())
+        assert call("run", *QUICK, *sets("rounds=4", "training.engine=loop")).code == 130
+    break_model(monkeypatch, None, num_clients=1_000)  # from now on it has the same tensors and does no harm
+    return Path("results/mnist")
+
+
+def test_resume_says_where_the_run_goes_on_and_ends_as_run_does(call, interrupted, monkeypatch):
+    answer = call("resume", "mnist")
+    assert (answer.code, answer.err) == (0, "")
+    first, second, *rounds, outcome, how = answer.out.splitlines()
+    assert first == "results/mnist: goes on with round 2/4"
+    assert second == "mnist: 10 clients in this process"
+    assert [line.split()[1] for line in rounds] == ["2/4", "3/4", "4/4"]
+    frame = eval_last(how)
+    assert frame["round"].tolist() == [0, 1, 2, 3, 4]
+    accuracy = f"{frame['test_accuracy'].iloc[-1]:.4f}"
+    assert re.fullmatch(rf"results/mnist: test accuracy {accuracy} after 4 rounds \(\d+\.\d s\)", outcome)
+    whole = call("run", *QUICK, *sets("rounds=4", "training.engine=loop"), "--name", "whole", "--quiet")
+    assert f"test accuracy {accuracy} " in whole.out
+    assert fedsim.load_run("results/whole").rounds["weights_sha256"].equals(frame["weights_sha256"])
+
+
+def test_resume_takes_a_path_and_is_quiet_if_asked_to(call, interrupted):
+    answer = call("resume", "results/mnist", "--quiet", *sets("rounds=3"))
+    assert (answer.code, answer.err, len(answer.out.splitlines())) == (0, "", 2)
+    assert "after 3 rounds" in answer.out
+
+
+def test_a_finished_run_says_so_and_can_be_extended(call):
+    call("run", *QUICK, *sets("rounds=1"), "--quiet")
+    before = listing(Path("results"))
+    answer = call("resume", "mnist")
+    said = "results/mnist: finished, after 1 round; --set rounds=N with more goes on\n"
+    assert answer == (0, said, "")
+    assert listing(Path("results")) == before
+    assert call("resume", "mnist", *sets("rounds=3")).out.startswith("results/mnist: goes on with round 2/3\n")
+    assert (written()["rounds"], info("results/mnist")["status"]) == (3, "finished")
+
+
+def test_a_run_that_was_killed_at_its_end_is_only_ended(call):
+    call("run", *QUICK, *sets("rounds=1"), "--quiet")
+    path = Path("results/mnist/run.json")
+    path.write_text(json.dumps(info("results/mnist") | {"status": "running"}))
+    answer = call("resume", "mnist")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.startswith("results/mnist: has all its rounds\n")
+    assert "after 1 round" in answer.out
+    assert info("results/mnist")["status"] == "finished"
+
+
+def test_an_interrupted_resume_says_what_it_has(call, interrupted, monkeypatch):
+    break_model(monkeypatch, KeyboardInterrupt())
+    answer = call("resume", "mnist")
+    said = "fedsim: interrupted: results/mnist holds the rounds up to 2; fedsim resume results/mnist goes on\n"
+    assert (answer.code, answer.err) == (130, said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "'nothing' is not a run: neither a run's folder nor a name in results; `fedsim runs` lists them"),
+        (["foreign"], "foreign is not a run: it has no run.json of fedsim's"),
+        (["mnist", *sets("training.lr=0.5")], "training.lr = 0.5, but the run has 0.1"),
+        (["mnist", *sets("rounds=0")], "rounds = 0, but results/mnist has done 1 already"),
+        (["mnist", *sets("rounds")], "write it as key=value"),
+        (["mnist", *sets("placement.mode=parallel")], "placement.mode = 'parallel'"),
+        (["mnist", "--address", "127.0.0.1:1", *sets("placement.mode=packed")], "no Ray answers at '127.0.0.1:1'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_go_on_is_wrong_input(call, interrupted, arguments, said):
+    Path("foreign").mkdir()
+    Path("foreign/run.json").write_text("{}")
+    before = listing(Path("results"))
+    answer = call("resume", *arguments, "--quiet")
+    assert (answer.code, answer.out) == (2, "")
+    assert said in answer.err
+    assert len(answer.err.splitlines()) == 1
+    assert listing(Path("results")) == before
+
+
+def test_a_running_run_is_refused(call, interrupted):
+    with lock(interrupted):
+        answer = call("resume", "mnist")
+    assert answer.code == 2
+    assert answer.err == "fedsim: results/mnist is being written by a running fedsim; wait until that ends\n"
+
+
+def test_what_differs_is_said_if_the_user_goes_on(call, interrupted):
+    path = interrupted / "run.json"
+    path.write_text(json.dumps(info(interrupted) | {"versions": info(interrupted)["versions"] | {"torch": "1.0"}}))
+    assert "torch 1.0 in the run" in call("resume", "mnist").err
+    assert "nevertheless: torch 1.0 in the run" in call("resume", "mnist", "--anyway").out
+
+
+def test_a_damaged_checkpoint_is_said_in_a_line(call, interrupted):
+    path = interrupted / "checkpoint" / "000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        answer = call("resume", "mnist")
+    assert answer.code == 0
+    assert re.fullmatch(r"fedsim: .*000001\.safetensors is damaged.*; going on with round 0\n", answer.err)
+
+
+def test_a_full_disk_ends_a_run_with_what_to_do(call, monkeypatch):
+    write_bytes, names = Path.write_bytes, []
+
+    def full(path, data):
+        names.append(path.name)
+        if "000002" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        return write_bytes(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        answer = call("run", *QUICK, *sets("rounds=3", "checkpoint.every_s=0"))
+    assert answer.code == 1
+    problem, what_to_do = answer.err.splitlines()
+    assert re.fullmatch(r"fedsim: cannot write results/mnist/\S+: No space left on device; free some space", problem)
+    assert what_to_do == "fedsim resume results/mnist goes on with the run"
+    assert call(*shlex.split(what_to_do)[1:3]).code == 0
+    assert info("results/mnist")["status"] == "finished"
+
+
 # --- Rounds computed again -------------------------------------------------------------------------------------------
 
 SERIALLY = sets("placement.mode=serial")
@@ -701,6 +835,7 @@ def test_the_module_is_the_command_and_answers_without_torch():
         [],
         ["run"],
         ["plan"],
+        ["resume"],
         ["verify"],
         ["replay"],
         ["presets"],
@@ -719,7 +854,7 @@ def test_each_command_has_help(call, command):
 
 
 def test_the_help_lists_the_commands(call):
-    out, names = call("--help").out, ("run", "plan", "verify", "replay", "presets", "runs", "data")
+    out, names = call("--help").out, ("run", "plan", "resume", "verify", "replay", "presets", "runs", "data")
     assert all(re.search(rf"^ +{name} ", out, re.MULTILINE) for name in names)
 
 

@@ -84,8 +84,12 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    if words[0] in ("verify", "replay"):
-        fedsim.run(fedsim.preset("mnist").override({"data.dataset": "synthetic", "placement.mode": "serial"}))
+    if words[0] in ("verify", "replay", "resume"):
+        path = fedsim.run(
+            fedsim.preset("mnist").override({"data.dataset": "synthetic", "placement.mode": "serial"})
+        ).path
+        interrupted = json.loads((path / "run.json").read_text()) | {"status": "interrupted"}
+        (path / "run.json").write_text(json.dumps(interrupted))
         monkeypatch.setattr("fedsim.rerun.prepare", stop)
     (tmp_path / "my.toml").write_text(fedsim.preset("mnist").to_toml())
     monkeypatch.setattr("fedsim.launch.early_ray", stop)
@@ -93,7 +97,7 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fedsim.experiment.prepare", stop)
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
-    starts = ("run", "plan", "verify", "replay")
+    starts = ("run", "plan", "verify", "replay", "resume")
     assert ended.value.code == (130 if words[0] in starts else 0), capsys.readouterr().err
     assert seen or words[0] not in (*starts, "data")
 

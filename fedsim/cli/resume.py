@@ -48,7 +48,8 @@ def resume(
                 return
             if not quiet:
                 first, last = resumption.next_round, stopped.config.rounds
-                console.print(f"{folder}: " + (f"goes on with round {first}/{last}" if first <= last else "ends"))
+                what = f"goes on with round {first}/{last}" if first <= last else "has all its rounds"
+                console.print(f"{folder}: {what}")
             for unlike in resumption.unlike:
                 console.print(f"nevertheless: {unlike}")
             on_plan = (lambda recording: None) if quiet else say_start
