@@ -250,6 +250,20 @@ def test_any_write_may_fail(tmp_path, whole, lasting):
     assert not_begun == 4
 
 
+def test_any_write_of_a_resume_may_fail(tmp_path, longer, whole):
+    with pytest.MonkeyPatch.context() as patch:
+        count = failing_at(patch, 0)
+        fedsim.resume(shutil.copytree(whole.path, tmp_path / "counted" / "mnist"), changes=LONGER)
+    assert count[0] > 10
+    for number in range(1, count[0] + 1):
+        folder = shutil.copytree(whole.path, tmp_path / f"{number}" / "mnist")
+        with pytest.MonkeyPatch.context() as patch:
+            failing_at(patch, number)
+            with pytest.raises((RunFailedError, RunFolderError), match=r"cannot write .*No space left on device"):
+                fedsim.resume(folder, changes=LONGER)
+        assert_same_results(resume_quietly(folder, changes=LONGER), longer)
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO])
 def test_a_folder_that_cannot_be_written_any_more_is_said_in_a_line(tmp_path, whole, code):
     with pytest.MonkeyPatch.context() as patch:

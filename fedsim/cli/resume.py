@@ -36,7 +36,8 @@ def resume(
     folder = run_folder.path_of(run, results)
     try:
         with run_folder.stopped(folder, values) as stopped, contextlib.ExitStack() as stack:
-            if stopped.info["status"] != "finished" or "rounds" in values:
+            may_go_on = stopped.info["status"] != "finished" or "rounds" in values
+            if may_go_on and not stopped.info["own"]:  # own parts cannot be given here: refused below
                 stack.enter_context(launch.early_ray(stopped.config, debug=debug))
             from fedsim.recording import Recording
             from fedsim.resumption import plan_resume
