@@ -112,7 +112,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
     known = [info.get("config_sha256"), info.get("config_sha256_before")]  # two while a resume changes it
     if known[0] is None or sha256(path) in known:  # a run of an earlier fedsim has none
         return info, config, None
-    return info, config, f"{path} is not as fedsim wrote it: edited or damaged"
+    return info, config, f"{path} is not as fedsim wrote it, by what run.json says: one was edited or is damaged"
 
 
 @dataclass(frozen=True)

@@ -401,6 +401,21 @@ def test_with_every_checkpoint_damaged_it_starts_again(many, whole):
     assert_same_results(resumed, whole)
 
 
+def test_a_checkpoint_of_rounds_that_are_taken_back_goes_with_them(many, monkeypatch):
+    """Else it would be the newest one, and `checkpoint.keep` would cost the new ones."""
+    flip(many / "rounds.parquet" / "part-000002-000002.parquet", 200)
+    write = fedsim.results.RunWriter.write
+
+    def stopping(self, record, *rest):
+        write(self, record, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fedsim.results.RunWriter, "write", stopping)
+    with pytest.warns(FedsimWarning, match="going on with round 2"), pytest.raises(KeyboardInterrupt):
+        fedsim.resume(many, changes={"checkpoint.keep": 2})
+    assert checkpoint.rounds(many / "checkpoint") == [1, 2]
+
+
 def test_a_checkpoint_of_other_weights_is_damaged(many, whole):
     tensors, state = checkpoint.load(many / "checkpoint", 2)
     checkpoint.save(many / "checkpoint", 3, tensors, state, load_run(many).rounds["weights_sha256"][3])
@@ -449,7 +464,7 @@ def test_a_file_among_the_parts_that_is_not_fedsims_is_named(many):
 def test_a_configuration_that_was_edited_is_refused_with_what_to_do(stopped):
     path = stopped / "config.toml"
     path.write_text(path.read_text().replace("lr = 0.1", "lr = 0.2"))
-    refused(stopped, r"config\.toml is not as fedsim wrote it.*--set")
+    refused(stopped, r"config\.toml is not as fedsim wrote it, by what run\.json says.*--set")
     with pytest.warns(FedsimWarning, match=r"config\.toml is not as fedsim wrote it"):
         assert load_run(stopped).config.training.lr == 0.2
 
