@@ -284,7 +284,7 @@ BAD_INPUT = {
     ),
     "unknown strategy argument": (sets("strategy.server_lr=1"), ["strategy.server_lr", "fedavg takes"]),
     "engine": (sets("training.engine=vmap"), ["training.engine = 'vmap'", "'auto', 'loop' or 'stacked'"]),
-    "failure policy": (sets("failures.on_exhausted=drop"), ["failures.on_exhausted = 'drop'", "'stop'"]),
+    "failure policy": (sets("failures.on_exhausted=skip"), ["failures.on_exhausted = 'skip'", "'stop'", "'drop'"]),
     "name with a path": (["--name", "a/b"], ["'a/b'", "letters, digits"]),
     "name above": (["--name", "../a"], ["'../a'", "letters, digits"]),
     "no name": (["--name", ""], ["''", "letters, digits"]),

@@ -6,7 +6,7 @@ import contextlib
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import ray
@@ -53,7 +53,7 @@ def connect(
                 stack.callback(ray.shutdown)
                 with signals_held():
                     _join(address, debug)
-        yield tuple(_node(node["Resources"]) for node in _alive())
+        yield live_nodes()
 
 
 def _join(address: str, debug: bool) -> None:
@@ -94,6 +94,28 @@ def has_room(plan: Plan, timeout_s: float = 10.0) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def live_nodes() -> tuple[Node, ...]:
+    """What the nodes of this Ray have in all."""
+    return tuple(_node(node["Resources"]) for node in _alive())
+
+
+def holds(plan: Plan, without: Collection[str] = ()) -> int:
+    """How many of a plan's actors the nodes that live hold, if nobody else uses them; `without` those of these ids."""
+    total = 0
+    for node in _alive():
+        if node["NodeID"] in without:
+            continue
+        by_cpu = capacity(plan.num_cpus, plan.num_gpus, (_node(node["Resources"]),))
+        memory = node["Resources"].get("memory", 0.0)
+        total += min(by_cpu, int(memory // plan.actor_bytes)) if plan.actor_bytes else by_cpu
+    return total
+
+
+def live_node_ids() -> frozenset[str]:
+    """Ray's names of the nodes that live."""
+    return frozenset(node["NodeID"] for node in _alive())
 
 
 def free_nodes() -> tuple[Node, ...]:
