@@ -159,7 +159,11 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     updates = torch.from_numpy(np.stack([update.update for update in completed]))
     is_by_examples = x.config.strategy.weighting == "examples"
     counts = torch.tensor([update.num_examples if is_by_examples else 1 for update in completed])
-    flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
+    try:
+        flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
+    except Exception as error:
+        error.add_note(f"This was the strategy's aggregate in round {round}, of {len(completed)} updates.")
+        raise
     expected = f"{weights.flat.dtype} {tuple(weights.flat.shape)}"
     if not isinstance(flat, Tensor) or f"{flat.dtype} {tuple(flat.shape)}" != expected:
         given = f"{flat.dtype} {tuple(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__

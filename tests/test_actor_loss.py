@@ -170,6 +170,20 @@ def test_a_new_actor_that_cannot_load_says_why(shared_ray, data, tmp_path):
         killed_in_round_1(CONFIG, data, model)
 
 
+def test_an_actor_that_never_gets_up_ends_the_run_and_says_where_to_look(shared_ray, data):
+    driver = os.getpid()
+
+    def model():
+        if os.getpid() != driver:
+            os._exit(1)
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+
+    with pytest.raises(
+        RunFailedError, match=r"^starting the actor: actor \d died 2 times .*logs may say why: /.*/logs\);"
+    ):
+        fedsim.run(CONFIG, results=None, dataset=data, model=model)
+
+
 def killed_in_round_1(config, data, model=None):
     with fedsim.recording.Recording(config, results=None, dataset=data, model=model or harmless()) as recording:
         for record in recording:

@@ -12,6 +12,8 @@ import sys
 import termios
 import time
 import tomllib
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +23,10 @@ from torch import nn
 
 import fedsim
 from fedsim import cli, models
+from fedsim.cli.terminal import mishaps
 from fedsim.config import Config, keys
 from fedsim.datasets import DATASETS
+from fedsim.metrics import RoundRecord
 from fedsim.partition import PARTITIONERS
 from fedsim.presets import PRESETS
 from fedsim.sampling import SAMPLERS
@@ -640,6 +644,13 @@ def test_an_interrupt_ends_one_command_only(call, monkeypatch):
         answer = call("run", *QUICK, *sets("rounds=0"))
     assert (answer.code, answer.err) == (130, "fedsim: interrupted: no round was finished\n")
     assert call("run", *QUICK, *sets("rounds=0")).code == 0
+
+
+def test_progress_says_what_went_wrong_in_a_round():
+    record = RoundRecord(round=1, started_at=datetime.now(UTC), weights_sha256="", round_s=1.0)
+    assert mishaps(record) == ""
+    assert mishaps(replace(record, num_retries=3)) == "  3 started again"
+    assert mishaps(replace(record, num_rejected=1, num_dropped=2)) == "  1 rejected  2 left out"
 
 
 def test_a_terminal_shows_a_bar(start):

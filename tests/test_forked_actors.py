@@ -327,13 +327,14 @@ def test_a_ray_that_was_not_tried_is_not_forked(monkeypatch):
     assert private.fork_obstacle() == "it takes Linux 5.3 or later"
 
 
-def test_what_ray_says_is_shown_except_how_many_workers_there_are():
+def test_what_ray_says_is_shown_except_what_is_no_news():
     shown = []
 
     def show(*lines):
         private._show(lambda message, **named: shown.append((message["lines"], named)), {"lines": lines}, named=1)
 
     show("WARNING: 8 PYTHON worker processes have been started on node: x")
+    show("A worker died or was killed while executing a task by an unexpected system error. To troubleshoot, ...")
     show("Something else")
     assert shown == [(("Something else",), {"named": 1})]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import services, worker
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
@@ -78,6 +78,12 @@ def _knock(address: str) -> None:
 def is_connected() -> bool:
     """Whether this process already uses a Ray."""
     return bool(ray.is_initialized())
+
+
+def logs() -> str:
+    """The folder of this Ray's logs on this machine."""
+    node = worker._global_node
+    return str(node.get_logs_dir_path()) if node else "/tmp/ray"
 
 
 def is_on_one_machine() -> bool:

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
 
 from fedsim.actors.calls import Answer, Call, Work
-from fedsim.actors.connection import free_nodes, holds, live_node_ids
+from fedsim.actors.connection import free_nodes, holds, live_node_ids, logs
 from fedsim.actors.host import Handle, Loaded
 from fedsim.actors.private import fork_failure, fork_obstacle
 from fedsim.config import FailuresConfig
@@ -181,14 +181,13 @@ class Crew:
     def _make_again(self, work: Work, call: Call, *, is_alone: bool) -> None:
         """Makes a call again: by the actor's successor, or dealt out to those that are left."""
         if call.actor in self.actors:
-            actors = [call.actor]
+            parts = {call.actor: call.pieces}
         elif call.method == "load":
             return
         else:
-            actors = list(self.actors)
-        parts = [call.pieces[i :: len(actors)] for i in range(len(actors))] if call.pieces else [()]
-        for actor, part in zip(actors, parts, strict=True):
-            for pieces in [(piece,) for piece in part] if is_alone else [part]:
+            parts = {actor: call.pieces[i :: len(self.actors)] for i, actor in enumerate(self.actors)}
+        for actor, part in parts.items():
+            for pieces in [(piece,) for piece in part] if is_alone and call.method != "load" else [part]:
                 if pieces or call.method == "load":
                     work.made.update([self._submit(replace(call, actor=actor, pieces=pieces))])
 
@@ -294,5 +293,7 @@ def _exhausted(call: Call, cause: Cause, reason: str) -> str:
     times = call.losses.of(cause)
     if cause == "timeout":
         return f"{what}: {reason}, {times} times; see failures.timeout_s and failures.max_retries"
+    if call.method == "load":
+        reason += f"; Ray's logs may say why: {logs()}"
     lost = f"actor {call.actor} died" if cause == "actor" else f"its {_LOST[cause].removeprefix('the ')}"
     return f"{what}: {lost} {times} times ({reason}); see failures.max_retries"
