@@ -6,10 +6,12 @@ import contextlib
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsim.config import Config
+from fedsim.errors import PlanError
 from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
 from fedsim.resolution import address, resolve
 from fedsim.sampling import cohort_size
@@ -90,17 +92,23 @@ def connect(x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
 @contextlib.contextmanager
 def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     """Starts the hosts of the clients, and stops them at the end."""
-    spec = replace(x.spec, stack_size=plan.stack_size)
     pool: Pool
     if plan.mode == "serial":
         from fedsim.actors.serial import SerialPool
 
-        pool = SerialPool(spec, x.dataset, x.partition)
+        pool = SerialPool(replace(x.spec, stack_size=plan.stack_size), x.dataset, x.partition)
     else:
         from fedsim.actors.ray_pool import RayPool
 
         pool = RayPool(
-            plan, spec, x.dataset, x.partition, x.config.failures.max_retries, x.cohort_size, x.initial_weights
+            plan,
+            x.spec,
+            x.dataset,
+            x.partition,
+            x.config.failures,
+            x.cohort_size,
+            x.initial_weights,
+            replan=partial(_replan, x),
         )
     with contextlib.closing(pool):
         yield pool
@@ -124,6 +132,16 @@ def _this_machine(x: Experiment, *, is_preview: bool = False) -> Node:
 
     obstacle = private.try_fork() if is_preview else private.fork_obstacle()
     return replace(node, memory_bytes=private.free_before_start() or node.memory_bytes, fork_obstacle=obstacle)
+
+
+def _replan(x: Experiment) -> Plan | None:
+    """A plan for the nodes of a cluster as they are now; None if they do not hold the clients."""
+    from fedsim.actors import connection
+
+    try:
+        return _plan(x, *connection.live_nodes())
+    except PlanError:
+        return None
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:

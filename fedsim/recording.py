@@ -199,8 +199,8 @@ class Recording:
         if self.folder is None or not isinstance(error, RunFailedError):
             return
         if not isinstance(error, ClientError):
-            is_lost = self.last is not None and self.last.num_sampled > 0 and self.last.num_completed == 0
-            if not is_lost:  # it would be lost again
+            is_diverged = self.last is not None and 0 < self.last.num_sampled == self.last.num_rejected
+            if not is_diverged:  # it would diverge again
                 error.add_note(f"{how_to_resume(self.folder, self.experiment.own)} goes on with the run")
         elif error.client_id >= 0:
             error.add_note(_how_to_replay(self.folder, error, self.experiment.own))

@@ -19,7 +19,7 @@ from fedsim.datasets import Dataset
 from fedsim.errors import RunFailedError
 from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
-from fedsim.metrics import ClientRecord, RoundRecord
+from fedsim.metrics import ClientRecord, ClientStatus, RoundRecord
 from fedsim.numerics import numerics
 from fedsim.strategies import State, Strategy, weighted_mean
 from fedsim.training import Evaluation
@@ -79,7 +79,7 @@ def federated_averaging(x: Experiment, pool: Pool, start: Start | None = None) -
                 evaluation = pool.evaluate(round, weights, then=x.sample(round + 1) if round < x.config.rounds else ())
         yield Round(_record(round, clock, weights, evaluation, step), weights, state)
         if step.update_l2_norm is None:  # after its rows are written: they say what happened
-            raise RunFailedError(_diverged(x, round, len(results)))
+            raise RunFailedError(_without_update(x, round, results))
 
 
 def _round_0(x: Experiment, pool: Pool) -> Round:
@@ -92,11 +92,16 @@ def _round_0(x: Experiment, pool: Pool) -> Round:
     return Round(_record(0, clock, weights, evaluation), weights, state)
 
 
-def _diverged(x: Experiment, round: int, num_updates: int) -> str:
-    return (
-        f"round {round}: not one of {num_updates} updates is finite, so there is nothing to average; "
-        f"training diverged (training.lr = {x.config.training.lr})"
-    )
+def _without_update(x: Experiment, round: int, results: Sequence[FitResult]) -> str:
+    rejected, lost = [r for r in results if r.update], [r for r in results if not r.update]
+    causes = []
+    if rejected:
+        causes.append(
+            f"not one of {len(rejected)} updates is finite; training diverged (training.lr = {x.config.training.lr})"
+        )
+    if lost:
+        causes.append(f"{len(lost)} clients were lost after all retries ({lost[0].error})")
+    return f"round {round}: nothing to average: {', and '.join(causes)}"
 
 
 def rounds(
@@ -146,16 +151,19 @@ class _Step:
 
 def _aggregate(x: Experiment, round: int, weights: Weights, state: State, results: Sequence[FitResult]) -> _Step:
     """The strategy's step over the finite updates, in ascending client_id, and the record of each client."""
-    completed = [result.update for result in results if result.update.is_finite]
+    completed = [result.update for result in results if result.update and result.update.is_finite]
     num_retries = sum(result.attempts - 1 for result in results)
     if not completed:
-        rejected = tuple(client_record(round, result) for result in results)
-        return _Step(weights, state, None, rejected, num_retries)
+        return _Step(weights, state, None, tuple(client_record(round, result) for result in results), num_retries)
     # numpy's large arrays lie in large pages of memory: for 40 MB a quarter of torch's time
     updates = torch.from_numpy(np.stack([update.update for update in completed]))
     is_by_examples = x.config.strategy.weighting == "examples"
     counts = torch.tensor([update.num_examples if is_by_examples else 1 for update in completed])
-    flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
+    try:
+        flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
+    except Exception as error:
+        error.add_note(f"This was the strategy's aggregate in round {round}, of {len(completed)} updates.")
+        raise
     expected = f"{weights.flat.dtype} {tuple(weights.flat.shape)}"
     if not isinstance(flat, Tensor) or f"{flat.dtype} {tuple(flat.shape)}" != expected:
         given = f"{flat.dtype} {tuple(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
@@ -163,37 +171,40 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     update_l2_norm = l2_norm(flat.double() - weights.flat.double())
     if not math.isfinite(update_l2_norm):
         raise RunFailedError(f"round {round}: the strategy gave weights that are not finite")
-    lengths = [update.update_l2_norm for update in completed]
-    angles = iter(cosines(updates, lengths, weighted_mean(updates, counts)))
+    angles = cosines(updates, [update.update_l2_norm for update in completed], weighted_mean(updates, counts))
+    cosine_to_mean = {update.client_id: angle for update, angle in zip(completed, angles, strict=True)}
     return _Step(
         Weights(flat, read_only_tensor(completed[0].integers).clone()),
         state,
         update_l2_norm,
-        tuple(client_record(round, result, next(angles) if result.update.is_finite else None) for result in results),
+        tuple(client_record(round, result, cosine_to_mean.get(result.client_id)) for result in results),
         num_retries,
     )
 
 
 def client_record(round: int, result: FitResult, cosine_to_mean: float | None = None) -> ClientRecord:
-    """The record of a client's answer."""
-    update = result.update
+    """The record of what became of a client's work."""
+    update, error = result.update, result.error
+    status: ClientStatus = "dropped"
+    if update:
+        status, error = ("completed", None) if update.is_finite else ("rejected", "the update is not finite")
     return ClientRecord(
         round=round,
-        client_id=update.client_id,
-        status="completed" if update.is_finite else "rejected",
-        num_examples=update.num_examples,
-        num_steps=update.num_steps,
-        train_loss=update.train_loss,
-        update_l2_norm=update.update_l2_norm,
+        client_id=result.client_id,
+        status=status,
+        num_examples=result.num_examples,
+        num_steps=update.num_steps if update else None,
+        train_loss=update.train_loss if update else None,
+        update_l2_norm=update.update_l2_norm if update else None,
         cosine_to_mean=cosine_to_mean,
-        update_sha256=update.update_sha256,
-        fit_s=update.fit_s,
-        stack_size=update.stack_size,
+        update_sha256=update.update_sha256 if update else None,
+        fit_s=update.fit_s if update else None,
+        stack_size=update.stack_size if update else None,
         attempts=result.attempts,
         actor=result.actor,
-        pid=update.pid,
-        node=update.node,
-        error=None if update.is_finite else "the update is not finite",
+        pid=update.pid if update else None,
+        node=update.node if update else None,
+        error=error,
     )
 
 
@@ -209,7 +220,8 @@ def _record(
         started_at=clock.started_at,
         num_sampled=len(clients),
         num_completed=len(completed),
-        num_rejected=len(clients) - len(completed),
+        num_rejected=sum(client.status == "rejected" for client in clients),
+        num_dropped=sum(client.status == "dropped" for client in clients),
         num_retries=step.num_retries if step else 0,
         num_examples=num_examples,
         train_loss=math.fsum(losses) / num_examples if completed else None,

@@ -17,7 +17,7 @@ from helpers import results_of, wait_until
 
 import fedsim
 from fedsim import weights as weights_module
-from fedsim.actors import PoolInfo, connection, host, ray_pool
+from fedsim.actors import PoolInfo, connection, crew, host, ray_pool
 from fedsim.actors.slab import Slab
 from fedsim.errors import ClientError, PlanError, RunFailedError
 from fedsim.experiment import prepare
@@ -156,9 +156,9 @@ def test_one_death_is_one_restart(shared_ray, monkeypatch):
     """Also where the next round waits behind the evaluation in which the actor dies."""
     x = prepare(TINY.override({"placement.mode": "packed", "placement.actors": 2}))
     restarts = []
-    restart = ray_pool.RayPool._restart
+    replace_actor = crew.Crew._replace
     monkeypatch.setattr(
-        ray_pool.RayPool, "_restart", lambda self, actor, **how: restarts.append(actor) or restart(self, actor, **how)
+        crew.Crew, "_replace", lambda self, number, cause: restarts.append(number) or replace_actor(self, number, cause)
     )
     with connect(x) as plan, open_pool(x, plan) as pool:
         expected = [r.update.update_sha256 for r in pool.fit(1, x.initial_weights, [0, 1, 3])]
@@ -182,7 +182,7 @@ def test_exhausted_retries_stop_the_run_with_client_and_round(shared_ray, tmp_pa
         return module
 
     config = TINY.override({"placement.mode": "packed", "placement.actors": 1, "failures.max_retries": 1})
-    with pytest.raises(RunFailedError, match=r"client \d, \d, \d in round 1.*died 2 times.*failures\.max_retries"):
+    with pytest.raises(RunFailedError, match=r"client \d in round 1.*died 2 times.*failures\.max_retries"):
         fedsim.run(config, results=tmp_path, name="dies", model=exits_in_actors)
     run = fedsim.load_run(tmp_path / "dies")
     assert run.status == "failed"
@@ -392,7 +392,7 @@ def test_unequal_fingerprints_are_refused():
     from fedsim.client import HostInfo
 
     infos = [HostInfo(1, "a", "cpu", "0123"), HostInfo(2, "b", "cpu", "4567")]
-    with pytest.raises(RunFailedError, match=r"a: 0123, b: 4567"):
+    with pytest.raises(PlanError, match=r"a: 0123, b: 4567"):
         ray_pool._common_info(infos, 0)
     assert ray_pool._common_info(infos[:1], 1) == PoolInfo("cpu", "0123", num_forked=1)
 

@@ -54,6 +54,7 @@ LAYERS = (
         "placement.plan",
         "placement",
         "resolution",
+        "failures",
     ),
     (
         "forkserver",
@@ -77,6 +78,8 @@ LAYERS = (
         "actors.bell",
         "actors.slab",
         "actors.host",
+        "actors.calls",
+        "actors.crew",
         "actors.ray_pool",
     ),
     ("experiment",),
@@ -164,7 +167,7 @@ def test_the_door_is_for_users_only():
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("ray", {"actors.connection", "actors.private", "actors.host", "actors.ray_pool"}),
+        ("ray", {"actors.connection", "actors.private", "actors.host", "actors.crew", "actors.ray_pool"}),
         ("torchvision", {name for name in MODULES if name.startswith("datasets")}),
         ("pyarrow", {name for name in MODULES if name.startswith("results")} | {"metrics"}),
         ("pandas", {name for name in MODULES if name.startswith("results")} | {"metrics"}),

@@ -13,6 +13,8 @@ import termios
 import time
 import tomllib
 import warnings
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +24,10 @@ from torch import nn
 
 import fedsim
 from fedsim import cli, models
+from fedsim.cli.terminal import mishaps
 from fedsim.config import Config, keys
 from fedsim.datasets import DATASETS
+from fedsim.metrics import RoundRecord
 from fedsim.partition import PARTITIONERS
 from fedsim.presets import PRESETS
 from fedsim.run_folder import lock
@@ -286,7 +290,7 @@ BAD_INPUT = {
     ),
     "unknown strategy argument": (sets("strategy.server_lr=1"), ["strategy.server_lr", "fedavg takes"]),
     "engine": (sets("training.engine=vmap"), ["training.engine = 'vmap'", "'auto', 'loop' or 'stacked'"]),
-    "failure policy": (sets("failures.on_exhausted=drop"), ["failures.on_exhausted = 'drop'", "'stop'"]),
+    "failure policy": (sets("failures.on_exhausted=skip"), ["failures.on_exhausted = 'skip'", "'stop'", "'drop'"]),
     "name with a path": (["--name", "a/b"], ["'a/b'", "letters, digits"]),
     "name above": (["--name", "../a"], ["'../a'", "letters, digits"]),
     "no name": (["--name", ""], ["''", "letters, digits"]),
@@ -779,6 +783,13 @@ def test_an_interrupt_ends_one_command_only(call, monkeypatch):
         answer = call("run", *QUICK, *sets("rounds=0"))
     assert (answer.code, answer.err) == (130, "fedsim: interrupted: no round was finished\n")
     assert call("run", *QUICK, *sets("rounds=0")).code == 0
+
+
+def test_progress_says_what_went_wrong_in_a_round():
+    record = RoundRecord(round=1, started_at=datetime.now(UTC), weights_sha256="", round_s=1.0)
+    assert mishaps(record) == ""
+    assert mishaps(replace(record, num_retries=3)) == "  3 started again"
+    assert mishaps(replace(record, num_rejected=1, num_dropped=2)) == "  1 rejected  2 left out"
 
 
 def test_a_terminal_shows_a_bar(start):

@@ -164,12 +164,12 @@ def test_a_run_that_failed_goes_on_once_its_cause_is_gone(tmp_path):
 
 def test_a_run_that_diverged_fails_again_in_the_same_round(tmp_path):
     config = config_of(training__lr=1e38, checkpoint__every_s=0)
-    with pytest.raises(RunFailedError, match="round 1: not one"):
+    with pytest.raises(RunFailedError, match="round 1: nothing to average"):
         fedsim.run(config, results=tmp_path)
     folder = tmp_path / "mnist"
     before = results_of(load_run(folder))
     assert checkpoint.rounds(folder / "checkpoint") == [0], "a round without an update is none to go on from"
-    with pytest.raises(RunFailedError, match="round 1: not one"):
+    with pytest.raises(RunFailedError, match="round 1: nothing to average"):
         fedsim.resume(folder)
     assert results_of(load_run(folder)) == before
     assert (load_run(folder).status, next_rounds(folder)) == ("failed", [1])

@@ -28,12 +28,18 @@ class PoolInfo:
 
 @dataclass(frozen=True)
 class FitResult:
-    """One client's answer, and how it came about."""
+    """What became of one client's work, and how."""
 
-    update: ClientUpdate
+    client_id: int
+    num_examples: int
+    """Of its shard."""
+    update: ClientUpdate | None
+    """None where the client was left out."""
     actor: int
     """Number of the actor; -1 without Ray."""
     attempts: int
+    error: str | None = None
+    """Why it was left out."""
 
 
 class Pool(Protocol):

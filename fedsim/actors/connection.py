@@ -6,11 +6,11 @@ import contextlib
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import services, worker
 from ray._private.state import available_resources_per_node
 from ray.exceptions import RayError
 
@@ -53,7 +53,7 @@ def connect(
                 stack.callback(ray.shutdown)
                 with signals_held():
                     _join(address, debug)
-        yield tuple(_node(node["Resources"]) for node in _alive())
+        yield live_nodes()
 
 
 def _join(address: str, debug: bool) -> None:
@@ -80,6 +80,12 @@ def is_connected() -> bool:
     return bool(ray.is_initialized())
 
 
+def logs() -> str:
+    """The folder of this Ray's logs on this machine."""
+    node = worker._global_node
+    return str(node.get_logs_dir_path()) if node else "/tmp/ray"
+
+
 def is_on_one_machine() -> bool:
     """Whether this Ray is this machine alone, so that its actors can share the driver's memory."""
     nodes = _alive()
@@ -94,6 +100,28 @@ def has_room(plan: Plan, timeout_s: float = 10.0) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def live_nodes() -> tuple[Node, ...]:
+    """What the nodes of this Ray have in all."""
+    return tuple(_node(node["Resources"]) for node in _alive())
+
+
+def holds(plan: Plan, without: Collection[str] = ()) -> int:
+    """How many of a plan's actors the nodes that live hold, if nobody else uses them; `without` those of these ids."""
+    total = 0
+    for node in _alive():
+        if node["NodeID"] in without:
+            continue
+        by_cpu = capacity(plan.num_cpus, plan.num_gpus, (_node(node["Resources"]),))
+        memory = node["Resources"].get("memory", 0.0)
+        total += min(by_cpu, int(memory // plan.actor_bytes)) if plan.actor_bytes else by_cpu
+    return total
+
+
+def live_node_ids() -> frozenset[str]:
+    """Ray's names of the nodes that live."""
+    return frozenset(node["NodeID"] for node in _alive())
 
 
 def free_nodes() -> tuple[Node, ...]:

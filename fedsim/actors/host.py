@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 
 from fedsim.actors import bell
@@ -16,7 +19,7 @@ from fedsim.datasets import Dataset
 from fedsim.forkserver import is_forked
 from fedsim.numerics import set_numerics
 from fedsim.partition import Partition
-from fedsim.training import Evaluation
+from fedsim.training import Chunk, Evaluation
 from fedsim.weights import Weights
 
 Arrays = tuple[Any, np.ndarray]
@@ -31,6 +34,8 @@ class Loaded:
     """An actor that is ready, and which ways to the driver it has."""
 
     host: HostInfo
+    node_id: str
+    """Ray's own name of the actor's node."""
     is_forked: bool
     has_slab: bool
     has_bell: bool
@@ -61,17 +66,19 @@ class HostActor:
             self.bell = bell.listen(bell_address) if bell_address else None
         self.host = ClientHost(spec, _assigned_device(num_gpus))
         info = self.host.load(dataset, partition)
-        return Loaded(info, is_forked(), self.slab is not None, self.bell is not None)
+        node_id = ray.get_runtime_context().get_node_id()
+        return Loaded(info, node_id, is_forked(), self.slab is not None, self.bell is not None)
 
-    def fit(self, arrays: Arrays, tasks: list[FitTask], rows: list[int]) -> list[ClientUpdate]:
-        """Trains clients; `rows` are those of their updates in the slab."""
+    def fit(self, arrays: Arrays, pieces: Sequence[tuple[FitTask, int]]) -> list[ClientUpdate]:
+        """Trains clients; with each, the row of its update in the slab."""
+        tasks = [task for task, _ in pieces]
         if arrays[0] is not None:
             return self.host.fit(self._weights(arrays), tasks)
         assert self.slab is not None, "weights are in the slab only where all actors reach it"
-        updates = self.host.fit(self._weights(arrays), tasks, [self.slab.updates[row] for row in rows])
+        updates = self.host.fit(self._weights(arrays), tasks, [self.slab.updates[row] for _, row in pieces])
         return [replace(update, update=IN_SLAB) for update in updates]
 
-    def evaluate(self, arrays: Arrays, round: int, chunks: list[tuple[int, int]]) -> list[Evaluation]:
+    def evaluate(self, arrays: Arrays, round: int, chunks: Sequence[Chunk]) -> list[Evaluation]:
         """Tests weights on chunks of the test set."""
         return self.host.evaluate(round, self._weights(arrays), chunks)
 
@@ -102,17 +109,39 @@ class Handle:
     Args:
         options: of the Ray actor.
         rests: whether it sleeps while it has nothing to do, instead of looking for signals as Ray lets it.
+
+    Attributes:
+        loaded: what the actor's `load` answered, once it was taken.
+        started_at: when the actor was asked for; `time.monotonic`.
+        free_since: when it gave its last answer.
     """
 
     def __init__(self, options: dict[str, Any], *, rests: bool) -> None:
         self._actor = ray.remote(**options)(HostActor).remote()
         self._bell = bell.Bell() if rests else None
         self._is_called = False
+        self._process: psutil.Process | None = None
+        self._loading: ray.ObjectRef | None = None
+        self.loaded: Loaded | None = None
+        self.started_at = self.free_since = time.monotonic()
 
-    @property
-    def bell(self) -> str | None:
-        """For `HostActor.load`."""
-        return self._bell.address if self._bell else None
+    def load(self, *arguments: Any) -> ray.ObjectRef:
+        """Calls `HostActor.load`, to which the calls made after it wait; its answer to come."""
+        self._loading = self.call("load", *arguments, self._bell.address if self._bell else None)
+        return self._loading
+
+    def take_load(self) -> Loaded:
+        """Waits for the answer to `load`.
+
+        Raises:
+            RayError: the actor died, or what it ran raised.
+        """
+        loaded: Loaded = ray.get(self._loading)
+        if loaded.has_slab:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it is gone already
+                self._process = psutil.Process(loaded.host.pid)
+        self.loaded, self.free_since = loaded, time.monotonic()
+        return loaded
 
     def call(self, method: str, *arguments: Any) -> ray.ObjectRef:
         """Makes a call, which waits for those before it; its answer to come."""
@@ -124,9 +153,28 @@ class Handle:
         self._is_called = True
         return answer
 
-    def kill(self) -> None:
-        """Ends the actor, whatever it does."""
+    def end(self) -> None:
+        """Kills the actor, and waits until it is gone if it could still write into the memory of this machine."""
         ray.kill(self._actor)
+        if self._process is not None:
+            with contextlib.suppress(psutil.Error):
+                self._process.kill()
+                _wait_until_gone(self._process)
+        self.close()
+
+    def kill(self) -> None:
+        """Kills the actor, whatever it does; does not wait."""
+        ray.kill(self._actor)
+        self.close()
+
+    def close(self) -> None:
+        """Frees what the driver holds of an actor that is no more."""
         if self._bell:
             self._bell.close()
             self._bell = None
+
+
+def _wait_until_gone(process: psutil.Process) -> None:
+    """Returns when a killed process does nothing any more, also if its parent has not taken note."""
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.001)

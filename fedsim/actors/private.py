@@ -20,6 +20,7 @@ from ray._private import node as ray_node
 from ray._private import parameter, ray_constants, services, utils
 from ray._private import worker as ray_worker
 
+from fedsim.errors import PlanError
 from fedsim.forkserver import LAUNCHER, ForkServer, is_supported
 from fedsim.placement import Plan
 
@@ -102,14 +103,7 @@ def private_ray(plan: Plan, store_bytes: int, meanwhile: Callable[[], object], *
             _launched(server),
             _lean_start(meanwhile, debug),
         ):
-            ray.init(
-                address="local",
-                num_cpus=math.ceil(plan.num_actors * plan.num_cpus),  # it starts a plain worker for each at once
-                object_store_memory=store_bytes,
-                include_dashboard=False,
-                log_to_driver=debug,
-                logging_level="ERROR",
-            )
+            _init(plan, store_bytes, debug)
         _running = _PrivateRay(free_bytes, server)
         try:
             with _replaced(ray_worker, "print_to_stdstream", partial(_show, ray_worker.print_to_stdstream)):
@@ -118,9 +112,33 @@ def private_ray(plan: Plan, store_bytes: int, meanwhile: Callable[[], object], *
             _running = None
 
 
+def _init(plan: Plan, store_bytes: int, debug: bool) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=math.ceil(plan.num_actors * plan.num_cpus),  # it starts a plain worker for each at once
+            object_store_memory=store_bytes,
+            include_dashboard=False,
+            log_to_driver=debug,
+            logging_level="ERROR",
+        )
+    except Exception as error:  # whatever it is, Ray does not run, and nothing was done yet
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise PlanError(
+            f"Ray cannot be started on this machine: {reason}. It needs room in /tmp/ray (RAY_TMPDIR names another "
+            "folder) and a file in ~/.ray (RAY_AUTH_TOKEN_PATH names another); placement.mode=serial does without Ray"
+        ) from error
+
+
+_HUSHED = (
+    "worker processes have been started",  # how many actors there are, said again for every few that start
+    "A worker died or was killed while executing a task",  # fedsim says so, in a line that is not a page
+)
+
+
 def _show(original: Callable[..., None], message: dict[str, Any], *arguments: Any, **named: Any) -> None:
-    """What Ray has to say, except how many actors there are: it says so again for every few that start."""
-    if not any("worker processes have been started" in line for line in message.get("lines", ())):
+    """What Ray has to say, except what is no news."""
+    if not any(hushed in line for line in message.get("lines", ()) for hushed in _HUSHED):
         original(message, *arguments, **named)
 
 

@@ -28,7 +28,7 @@ class SerialPool:
         """See `Pool.fit`."""
         with numerics(self._threads):
             updates = self._host.fit(weights, [FitTask(round, client_id) for client_id in sorted(cohort)])
-        return [FitResult(update, actor=-1, attempts=1) for update in updates]
+        return [FitResult(u.client_id, u.num_examples, u, actor=-1, attempts=1) for u in updates]
 
     def evaluate(self, round: int, weights: Weights, then: Sequence[int] = ()) -> Evaluation:
         """See `Pool.evaluate`."""

@@ -70,6 +70,16 @@ def say_start(recording: Recording) -> None:
     print(_start_line(recording), flush=True)
 
 
+def mishaps(record: RoundRecord) -> str:
+    """What went wrong in a round, and how it was met; "" for nothing."""
+    counts = {
+        "started again": record.num_retries,
+        "rejected": record.num_rejected,
+        "left out": record.num_dropped,
+    }
+    return "".join(f"  {number} {what}" for what, number in counts.items() if number)
+
+
 def with_progress(recording: Recording) -> Iterator[RoundRecord]:
     """Goes through the rounds with a live bar on a terminal, with plain lines elsewhere."""
     return _bar(recording) if console.is_terminal else _lines(recording)
@@ -88,7 +98,7 @@ def _lines(recording: Recording) -> Iterator[RoundRecord]:
     for record in recording:
         accuracy = "" if record.test_accuracy is None else f"  test_accuracy {record.test_accuracy:.4f}"
         total = recording.experiment.config.rounds
-        print(f"round {record.round}/{total}{accuracy}  {record.round_s:.2f} s", flush=True)
+        print(f"round {record.round}/{total}{accuracy}  {record.round_s:.2f} s{mishaps(record)}", flush=True)
         yield record
 
 
@@ -113,5 +123,7 @@ def _bar(recording: Recording) -> Iterator[RoundRecord]:
             if record.test_accuracy is not None:
                 accuracy = f"test accuracy {record.test_accuracy:.4f}"
             rate = f"{1 / record.round_s:.2f} rounds/s" if record.round_s < 1 else f"{record.round_s:.2f} s/round"
+            if mishaps(record):
+                console.print(f"round {record.round}:{mishaps(record)}")
             bar.update(task, description=recording.name, completed=record.round, accuracy=accuracy, rate=rate)
             yield record

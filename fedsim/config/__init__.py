@@ -151,9 +151,15 @@ class EvaluationConfig(_Section):
 class FailuresConfig(_Section):
     """What happens when an actor, a worker or a node dies. A bug in a client's code always stops the run."""
 
-    max_retries: int = Field(3, ge=0, description="of a client's work after its actor died")
-    on_exhausted: Literal["stop"] = Field("stop", description="stop (exit code 1): the only choice in this version")
-    timeout_s: Literal[0] = Field(0, description="0 = none: the only choice in this version")
+    max_retries: int = Field(
+        3, ge=0, description="of a client's work; losses of its actor, its node, memory and patience count apart"
+    )
+    on_exhausted: Literal["stop", "drop"] = Field(
+        "stop", description="stop (exit code 1, can be resumed), drop (the round goes on without the client)"
+    )
+    timeout_s: float = Field(
+        0.0, ge=0, description="seconds of a client's work until another actor gets it; 0 = no limit"
+    )
 
 
 class CheckpointConfig(_Section):

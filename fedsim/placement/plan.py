@@ -69,6 +69,11 @@ class Plan:
     """Predicted seconds until the actors are up."""
     reasons: tuple[str, ...]
 
+    @property
+    def total_cpus(self) -> int:
+        """CPUs of all actors together: as many calls are worth having at work at a time."""
+        return max(1, round(self.num_actors * self.num_cpus))
+
 
 def make_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]) -> Plan:
     """Decides mode, number of actors, the share of the machine that each gets, and the size of stacks.
