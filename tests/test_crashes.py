@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from helpers import assert_same_results, content, is_gone, wait_until
 
 import fedsim
 from fedsim.config import Config
-from fedsim.errors import FedsimError, RunFailedError, RunFolderError
+from fedsim.errors import FedsimError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.recording import Recording
 from fedsim.results import load_run
 
@@ -104,14 +105,42 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_bits(tmp_path, whole):
         snapshots = Snapshots(patch, tmp_path / "run" / "mnist", tmp_path / "killed")
         fedsim.run(CONFIG, results=tmp_path / "run")
     assert len(snapshots.folders) > 60
-    not_begun = [folder for folder in snapshots.folders if not (folder / "run.json").exists()]
-    assert 0 < len(not_begun) < 15
-    for folder in not_begun:
-        with pytest.raises(RunFolderError, match=r"is not a run: it has no run\.json"):
-            fedsim.resume(folder)
-    for folder in snapshots.folders[len(not_begun) :]:
+    for folder in snapshots.folders:  # a folder that is there is a run: it is made under a hidden name
         assert load_run(folder).rounds["round"].tolist() == list(range(len(load_run(folder).rounds)))
         assert_same_results(resume_quietly(folder), whole)
+
+
+def test_a_run_killed_while_it_replaces_another_can_be_overwritten_again(tmp_path, whole):
+    shutil.copytree(whole.path, tmp_path / "run" / "mnist")
+    (tmp_path / "run" / "mnist" / "notes.txt").write_text("the user's own")
+    with pytest.MonkeyPatch.context() as patch:
+        snapshots = Snapshots(patch, tmp_path / "run" / "mnist", tmp_path / "killed")
+        run = fedsim.run(CONFIG, results=tmp_path / "run", name="mnist", overwrite=True)
+    assert_same_results(run, whole)
+    assert len(snapshots.folders) > 60
+    for folder in snapshots.folders:
+        assert (folder / "notes.txt").exists()
+        with warnings.catch_warnings(), contextlib.suppress(InputError):  # or refused: then nothing is done to it
+            warnings.simplefilter("ignore", FedsimWarning)
+            before = content(folder)
+            assert_same_results(fedsim.resume(folder), whole)
+            continue
+        assert content(folder) == before
+        assert_same_results(fedsim.run(CONFIG, results=folder.parent, name="mnist", overwrite=True), whole)
+
+
+def test_what_a_run_killed_in_its_first_moment_has_left_is_swept(tmp_path, whole):
+    left = tmp_path / ".mnist.123.new"
+    shutil.copytree(whole.path, left)
+    fedsim.run(CONFIG, results=tmp_path)
+    assert left.exists(), "it may be another process's, and a moment old"
+    os.utime(left, (0, 0))
+    with (left / ".lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fedsim.run(CONFIG, results=tmp_path)
+        assert left.exists(), "it is being written"
+    fedsim.run(CONFIG, results=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mnist", "mnist-2", "mnist-3"]
 
 
 def test_a_resume_killed_at_any_moment_can_be_resumed(tmp_path, whole, longer):

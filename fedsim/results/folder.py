@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +18,7 @@ from fedsim.files import publish
 from fedsim.results import parts
 from fedsim.results.parts import Whole
 from fedsim.results.writer import RunWriter, now
-from fedsim.run_folder import RUN_VERSION, check_replaceable, lock, sha256
+from fedsim.run_folder import RUN_VERSION, check_replaceable, is_live, lock, sha256
 
 _OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", "run.json")
 
@@ -45,33 +48,65 @@ def begin(folder: Path, config: Config, info: dict[str, Any], *, overwrite: bool
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        is_replaced = overwrite and folder.exists()
-        if is_replaced:
+        if overwrite and folder.exists():
             check_replaceable(folder)
-        else:
-            folder.mkdir()
-        held = lock(folder)
-    except FileExistsError:
-        raise RunExistsError(f"{folder} exists already; choose another --name") from None
+            return _replace(folder, config, info, text)
+        _sweep(folder.parent)
+        return _make(folder, config, info, text)
     except OSError as error:
-        raise RunFolderError(f"cannot make the run's folder {folder}: {error}") from None
+        raise RunFolderError(f"cannot make the run's folder {folder}: {error.strerror or error}") from None
+
+
+def _make(folder: Path, config: Config, info: dict[str, Any], text: bytes) -> RunWriter:
+    """A new folder: made under a hidden name, so that it is there as a whole or not at all."""
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
+    new.mkdir()
+    held = None
     try:
-        if is_replaced:
-            _remove_ours(folder)
-        publish(folder / "config.toml", text, durable=True)
-        parts.write_empty(folder)
+        held = lock(new)
+        writer = RunWriter(new, held, config, info)
+        publish(new / "config.toml", text, durable=True)
+        parts.write_empty(new)
+        writer.update()
+        if folder.exists() or folder.is_symlink():
+            raise FileExistsError
+        new.rename(folder)  # fails where another run's folder has come in between: that is not empty
+    except BaseException as error:  # a full disk, Ctrl-C: as if nothing had been
+        shutil.rmtree(new)
+        if held:
+            held.close()
+        if isinstance(error, OSError) and error.errno in (None, errno.ENOTEMPTY, errno.EEXIST):
+            raise RunExistsError(f"{folder} exists already; choose another --name") from None
+        raise
+    writer.folder = folder
+    return writer
+
+
+def _replace(folder: Path, config: Config, info: dict[str, Any], text: bytes) -> RunWriter:
+    """A run's folder made anew; whatever else lies there stays. It is a run's in every moment, to be replaced again."""
+    held = lock(folder)
+    try:
         writer = RunWriter(folder, held, config, info)
         writer.update()
-    except BaseException as error:  # a full disk, Ctrl-C: as if nothing had been
+        _remove_ours(folder, but="run.json")
+        publish(folder / "config.toml", text, durable=True)
+        parts.write_empty(folder)
+    except BaseException:
         _remove_ours(folder)
         (folder / ".lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # what others put there stays
             folder.rmdir()
         held.close()
-        if isinstance(error, OSError):
-            raise RunFolderError(f"cannot write to the run's folder {folder}: {error}") from None
         raise
     return writer
+
+
+def _sweep(results: Path) -> None:
+    """Removes what processes that were killed just then have left of folders to be."""
+    for new in results.glob(".*.new"):
+        with contextlib.suppress(OSError):
+            if time.time() - new.stat().st_mtime > 60 and not is_live(new):
+                shutil.rmtree(new)
 
 
 def go_on(
@@ -116,9 +151,11 @@ def go_on(
     return writer
 
 
-def _remove_ours(folder: Path) -> None:
+def _remove_ours(folder: Path, but: str = "") -> None:
     """Empties a run's folder of what fedsim wrote; whatever else lies there stays."""
     for name in _OURS:
+        if name == but:
+            continue
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
