@@ -6,11 +6,11 @@ import contextlib
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -18,14 +18,15 @@ from fedsim import environment, models
 from fedsim.actors import PoolInfo
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import ClientError, InputError, RunExistsError, RunFailedError
+from fedsim.errors import ClientError, InputError, RunFailedError
 from fedsim.experiment import Experiment, prepare
+from fedsim.homes import Home, NewRun
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
 from fedsim.placement import Plan
-from fedsim.results import Run, RunWriter, begin
+from fedsim.results import Run, RunWriter
 from fedsim.run_folder import check_name, target
-from fedsim.simulation import Start, federated_averaging
+from fedsim.simulation import federated_averaging
 from fedsim.strategies import Strategy
 from fedsim.weights import Weights
 
@@ -71,36 +72,6 @@ def run(
         for _ in recording:
             pass
     return recording.run
-
-
-class Home(Protocol):
-    """A folder that a run is written into: a new run's, or that of one that goes on."""
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        ...
-
-    @property
-    def config(self) -> Config:
-        """The configuration that is written down."""
-        ...
-
-    @property
-    def start(self) -> Start | None:
-        """Where the run goes on; None for a start from round 0."""
-        ...
-
-    def open(self, info: dict[str, Any]) -> RunWriter:
-        """Begins to write; nothing was written before.
-
-        Args:
-            info: what is known of the run once it is up, for run.json.
-
-        Raises:
-            InputError: the folder cannot be written, or the run must not go on here.
-        """
-        ...
 
 
 class Recording:
@@ -229,30 +200,6 @@ class Recording:
             _tensors=x.layout.unflatten(self._weights),
             _model=lambda: models.build(x.spec.model, x.spec.input_shape, x.spec.num_classes, x.spec.seed),
         )
-
-
-@dataclass
-class NewRun:
-    """The `Home` of a run that begins."""
-
-    make: Callable[[], Path]
-    """Gives a name that is free; nothing is made."""
-    folder: Path
-    config: Config
-    overwrite: bool
-    is_named: bool
-    """The name was asked for: if another run takes it first, the run is refused."""
-    start: None = None
-
-    def open(self, info: dict[str, Any]) -> RunWriter:
-        """Makes the folder; see `Home`."""
-        while True:
-            self.folder = self.make()
-            try:
-                return begin(self.folder, self.config, info, overwrite=self.overwrite)
-            except RunExistsError:
-                if self.is_named:
-                    raise
 
 
 def how_to_resume(folder: Path, own: Mapping[str, str]) -> str:

@@ -153,6 +153,8 @@ def stopped(folder: Path, changes: Mapping[str, Any]) -> Iterator[Stopped]:
         kinds = {"name": str, "status": str, "own": dict, "data": dict}
         if wrong := [key for key, kind in kinds.items() if not isinstance(info.get(key), kind)]:
             raise RunFolderError(f"{folder / 'run.json'} is damaged: {wrong[0]} is {info.get(wrong[0])!r}")
+        if missing := {"sha256", "input_shape", "num_classes"} - info["data"].keys():
+            raise RunFolderError(f"{folder / 'run.json'} is damaged: data has no {', '.join(sorted(missing))}")
         yield Stopped(folder, held, info, changed(config, changes))
 
 

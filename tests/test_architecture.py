@@ -85,7 +85,7 @@ LAYERS = (
     ("experiment",),
     ("launch",),
     ("simulation",),
-    ("recording",),
+    ("homes", "recording"),
     ("starts", "compatibility", "resumption", "comparison", "rerun", "verification"),
     ("cli.options", "cli.terminal", "cli.verification", "cli.resume", "cli"),
 )

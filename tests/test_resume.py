@@ -474,6 +474,19 @@ def test_a_run_json_with_another_name_is_refused(stopped):
     refused(stopped, r"run\.json calls the run other, its rows mnist")
 
 
+@pytest.mark.parametrize("key", ["name", "status", "own", "data"])
+def test_a_run_json_without_what_it_must_say_is_named(stopped, key):
+    stated = info(stopped)
+    del stated[key]
+    (stopped / "run.json").write_text(json.dumps(stated))
+    refused(stopped, rf"run\.json is damaged: {key} is None")
+
+
+def test_a_run_json_with_half_of_the_data_is_named(stopped):
+    edit_info(stopped, data={"sha256": info(stopped)["data"]["sha256"]})
+    refused(stopped, r"run\.json is damaged: data has no input_shape, num_classes")
+
+
 def test_a_renamed_and_moved_run_goes_on_under_its_name(stopped, tmp_path, whole):
     moved = stopped.rename(tmp_path / "moved")
     resumed = fedsim.resume(moved)
