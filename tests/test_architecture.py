@@ -71,6 +71,8 @@ LAYERS = (
         "actors",
         "actors.serial",
         "actors.private",
+        "actors.handshake",
+        "actors.cluster",
         "actors.connection",
         "actors.bell",
         "actors.slab",
@@ -162,7 +164,7 @@ def test_the_door_is_for_users_only():
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("ray", {"actors.connection", "actors.private", "actors.host", "actors.ray_pool"}),
+        ("ray", {f"actors.{name}" for name in ("private", "handshake", "cluster", "connection", "host", "ray_pool")}),
         ("torchvision", {name for name in MODULES if name.startswith("datasets")}),
         ("pyarrow", {name for name in MODULES if name.startswith("results")} | {"metrics"}),
         ("pandas", {name for name in MODULES if name.startswith("results")} | {"metrics"}),
