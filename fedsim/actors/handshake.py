@@ -43,9 +43,9 @@ def handshake(nodes: Sequence[dict[str, Any]]) -> list[str]:
     """
     own = software()
     found = _ask(nodes)
-    for name, other in found.items():
-        _check(name, other, own)
-    return [name for name, other in found.items() if other.fedsim != own.fedsim]
+    for node, other in zip(nodes, found, strict=True):
+        _check(node_name(node), other, own)
+    return [node_name(node) for node, other in zip(nodes, found, strict=True) if other.fedsim != own.fedsim]
 
 
 def software() -> Software:
@@ -83,22 +83,20 @@ def _reporter() -> Callable[[Sequence[str]], tuple[dict[str, str | None], str | 
     return report  # made in here, it travels as code, not as a name to import: the nodes may have no fedsim
 
 
-def _ask(nodes: Sequence[dict[str, Any]]) -> dict[str, Software]:
-    """Node -> its answer. A task on each, of no CPU: also a node that is full answers."""
+def _ask(nodes: Sequence[dict[str, Any]]) -> list[Software]:
+    """The nodes' answers. The task takes no CPU: also a node that is full answers."""
     task = ray.remote(num_cpus=0, max_retries=0)(_reporter())
-    answers = {}
-    for node in nodes:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        answers[node_name(node)] = task.options(scheduling_strategy=here).remote((*_EQUAL, *_NEEDED))
-    end, found = time.monotonic() + _TIMEOUT_S, {}
-    for name, answer in answers.items():
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    answers = [task.options(scheduling_strategy=place).remote((*_EQUAL, *_NEEDED)) for place in places]
+    end, found = time.monotonic() + _TIMEOUT_S, []
+    for node, answer in zip(nodes, answers, strict=True):
         try:
-            found[name] = Software(*ray.get(answer, timeout=max(0.0, end - time.monotonic())))
+            found.append(Software(*ray.get(answer, timeout=max(0.0, end - time.monotonic()))))
         except RayError as error:  # GetTimeoutError is one
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise PlanError(
-                f"node {name} does not say what is installed there ({reason}); is it well? see `ray status`, "
-                "or leave it out of the cluster"
+                f"node {node_name(node)} does not say what is installed there ({reason}); is it well? "
+                "see `ray status`, or leave it out of the cluster"
             ) from None
     return found
 
