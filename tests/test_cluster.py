@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import sysconfig
 import time
+import tomllib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import ray
-from cluster import NO_NAMESPACES, alive_nodes, ray_cluster
+import yaml
 from helpers import results_of
 from ray._private import utils as ray_utils
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.cluster_utils import Cluster
+from ray_nodes import NO_NAMESPACES, alive_nodes, ray_cluster
 
 import fedsim
 from fedsim.actors import cluster, connection, handshake
@@ -278,3 +283,23 @@ def test_the_nodes_of_these_tests_can_be_lost():
     assert not [process for process in processes if process.is_running() and process.status() != "zombie"]
     left = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
     assert nodes._bridge not in left
+
+
+# ---------------------------------------------------------------- Ray's cluster launcher
+
+
+def test_the_launchers_file_is_what_ray_and_pip_take():
+    """Its keys are Ray's; what it copies to a node is there, and is enough to install fedsim from."""
+    root = Path(__file__).parents[1]
+    given = yaml.safe_load((root / "scripts/cluster/on_premise.yaml").read_text())
+    validate_config(prepare_config(copy.deepcopy(given)))
+    with pytest.raises(jsonschema.ValidationError, match="setup_command"):
+        validate_config(prepare_config({**given, "setup_command": []}))
+
+    copied = {there: root / here for there, here in given["file_mounts"].items() if not here.startswith("~")}
+    assert all(here.exists() for here in copied.values())
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    named = {"fedsim", "pyproject.toml", project["readme"], *project["license-files"]}
+    assert {Path(there).relative_to("~/fedsim").name for there in copied} == named
+    for command in given["setup_commands"] + given["head_start_ray_commands"] + given["worker_start_ray_commands"]:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
