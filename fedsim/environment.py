@@ -11,12 +11,15 @@ from typing import Any
 
 import psutil
 
-_PACKAGES = ("fedsim", "ray", "torch", "torchvision", "numpy", "pandas", "pyarrow")
+from fedsim import __version__
+
+_PACKAGES = ("ray", "torch", "torchvision", "numpy", "pandas", "pyarrow")
 
 
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that can change a result or a file."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), "fedsim": __version__, **packages}
 
 
 def machine() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsim.config import Config
-from fedsim.errors import PlanError
+from fedsim.errors import FedsimWarning, PlanError
 from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
 from fedsim.resolution import address, resolve
 from fedsim.sampling import cohort_size
@@ -135,12 +136,14 @@ def _this_machine(x: Experiment, *, is_preview: bool = False) -> Node:
 
 
 def _replan(x: Experiment) -> Plan | None:
-    """A plan for the nodes of a cluster as they are now; None if they do not hold the clients."""
-    from fedsim.actors import connection
+    """A plan for a cluster that nodes have joined; None, with a warning, if they are not fit for it."""
+    from fedsim.actors import cluster, connection
 
     try:
+        cluster.check()
         return _plan(x, *connection.live_nodes())
-    except PlanError:
+    except PlanError as error:
+        warnings.warn(f"the run goes on without the nodes that joined: {error}", FedsimWarning, stacklevel=2)
         return None
 
 

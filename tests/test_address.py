@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+
 import pytest
 
 import fedsim
@@ -26,3 +30,35 @@ def test_the_address_is_the_keys_then_rays_variable_then_local(monkeypatch):
         list(fedsim.rounds(TINY.override({"placement.mode": "packed"})))
     with pytest.raises(PlanError, match="no Ray answers at 'elsewhere'"):
         list(fedsim.rounds(TINY.override({"placement.mode": "packed", "placement.address": "elsewhere"})))
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265"])
+def test_what_is_no_place_to_join_is_told_from_one_that_does_not_answer(address, tmp_path):
+    with pytest.raises(PlanError, match=rf"'{address}' cannot be joined: use HOST:PORT .* or `ray job submit`"):
+        fedsim.run(TINY.override({"placement.address": address}), results=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b""], ids=["a web server", "silence"])
+def test_something_else_that_listens_is_no_ray(answer):
+    """Ray would try for 40 s, twenty times."""
+
+    def serve():
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(answer)
+            is_over.wait(30)
+
+    start, is_over = time.monotonic(), threading.Event()
+    with socket.create_server(("", 0)) as server:  # Ray looks for 127.0.0.1 at this machine's own address
+        server.settimeout(20)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            with pytest.raises(PlanError, match=rf"no Ray answers at '{address}' \(something else listens there\)"):
+                list(fedsim.rounds(TINY.override({"placement.address": address})))
+        finally:
+            is_over.set()
+            thread.join()
+    assert time.monotonic() - start < 15

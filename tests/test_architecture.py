@@ -74,6 +74,8 @@ LAYERS = (
         "actors",
         "actors.serial",
         "actors.private",
+        "actors.handshake",
+        "actors.cluster",
         "actors.connection",
         "actors.bell",
         "actors.slab",
@@ -167,7 +169,10 @@ def test_the_door_is_for_users_only():
 @pytest.mark.parametrize(
     ("package", "allowed"),
     [
-        ("ray", {"actors.connection", "actors.private", "actors.host", "actors.crew", "actors.ray_pool"}),
+        (
+            "ray",
+            {f"actors.{n}" for n in ("private", "handshake", "cluster", "connection", "host", "crew", "ray_pool")},
+        ),
         ("torchvision", {name for name in MODULES if name.startswith("datasets")}),
         ("pyarrow", {name for name in MODULES if name.startswith("results")} | {"metrics"}),
         ("pandas", {name for name in MODULES if name.startswith("results")} | {"metrics"}),

@@ -286,6 +286,13 @@ def test_cpus_are_counted_node_by_node():
     assert planned(*halves, mode="packed", actors=3).num_cpus == 0.75
 
 
+def test_a_head_without_cpus_hosts_nobody_and_other_nodes_all():
+    head, node = machine(0), machine(4)
+    assert planned(head, node, mode="packed").num_actors == planned(node, mode="packed").num_actors == 4
+    assert capacity(planned(head, node, mode="packed").num_cpus, 0, (head,)) == 0
+    assert "no CPU for actors on any node (0 + 0)" in refused(head, head, mode="packed")
+
+
 def test_auto_shares_on_unequal_nodes():
     assert planned(machine(3), machine(1), mode="packed", actors=4).num_cpus == 1.0
     assert planned(machine(2.5), machine(1), mode="packed", actors=4).num_cpus == 0.8333  # 3 + 1

@@ -1,6 +1,7 @@
 """Where clients are hosted: a pool of Ray actors, or this process. Both have the interface `Pool`.
 
-Only `private`, `connection`, `host` and `ray_pool` import ray, and they are imported only when a plan asks for it.
+Only `private`, `handshake`, `cluster`, `connection`, `host` and `ray_pool` import ray, and they are imported only when
+a plan asks for it.
 """
 
 from __future__ import annotations

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import socket
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 import ray
-from ray._private import services, worker
+from ray._private import worker
 from ray._private.state import available_resources_per_node
-from ray.exceptions import RayError
 
-from fedsim.actors.private import fork_obstacle, private_ray, signals_held
-from fedsim.errors import PlanError
+from fedsim.actors import cluster
+from fedsim.actors.private import fork_obstacle, private_ray
 from fedsim.placement import Node, Plan, capacity
 
 
@@ -42,7 +39,7 @@ def connect(
         The nodes of the Ray.
 
     Raises:
-        PlanError: nobody answers at the address.
+        PlanError: nobody answers at the address, this process is not let in, or a node has other software.
     """
     with contextlib.ExitStack() as stack:
         if not is_connected():  # else the caller's own Ray, or the private one of an outer `connect`: left running
@@ -51,28 +48,10 @@ def connect(
                 stack.enter_context(private_ray(plan, store_bytes, meanwhile, debug=debug))
             else:
                 stack.callback(ray.shutdown)
-                with signals_held():
-                    _join(address, debug)
+                cluster.join(address, debug=debug)
+        elif not is_on_one_machine():
+            cluster.check()
         yield live_nodes()
-
-
-def _join(address: str, debug: bool) -> None:
-    try:
-        _knock(address)
-        ray.init(address=address, log_to_driver=debug, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, RayError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise PlanError(
-            f"no Ray answers at {address!r} ({reason}); start one with `ray start --head`, "
-            "or leave placement.address at local"
-        ) from None
-
-
-def _knock(address: str) -> None:
-    """Fails at once where nobody listens: `ray.init` would try for many minutes."""
-    found = services.canonicalize_bootstrap_address(address)  # resolves auto as `ray.init` does
-    host, _, port = found.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def is_connected() -> bool:
@@ -88,7 +67,7 @@ def logs() -> str:
 
 def is_on_one_machine() -> bool:
     """Whether this Ray is this machine alone, so that its actors can share the driver's memory."""
-    nodes = _alive()
+    nodes = cluster.alive()
     return len(nodes) == 1 and nodes[0]["NodeManagerHostname"] == platform.node()
 
 
@@ -104,13 +83,13 @@ def has_room(plan: Plan, timeout_s: float = 10.0) -> bool:
 
 def live_nodes() -> tuple[Node, ...]:
     """What the nodes of this Ray have in all."""
-    return tuple(_node(node["Resources"]) for node in _alive())
+    return tuple(_node(node["Resources"]) for node in cluster.alive())
 
 
 def holds(plan: Plan, without: Collection[str] = ()) -> int:
     """How many of a plan's actors the nodes that live hold, if nobody else uses them; `without` those of these ids."""
     total = 0
-    for node in _alive():
+    for node in cluster.alive():
         if node["NodeID"] in without:
             continue
         by_cpu = capacity(plan.num_cpus, plan.num_gpus, (_node(node["Resources"]),))
@@ -121,17 +100,13 @@ def holds(plan: Plan, without: Collection[str] = ()) -> int:
 
 def live_node_ids() -> frozenset[str]:
     """Ray's names of the nodes that live."""
-    return frozenset(node["NodeID"] for node in _alive())
+    return frozenset(node["NodeID"] for node in cluster.alive())
 
 
 def free_nodes() -> tuple[Node, ...]:
     """What the nodes of this Ray have left: actors that find no room would wait for ever, without a word."""
     free = available_resources_per_node()
-    return tuple(_node(free.get(node["NodeID"], {})) for node in _alive())
-
-
-def _alive() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
+    return tuple(_node(free.get(node["NodeID"], {})) for node in cluster.alive())
 
 
 def _node(resources: dict[str, float]) -> Node:

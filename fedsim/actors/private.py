@@ -106,7 +106,7 @@ def private_ray(plan: Plan, store_bytes: int, meanwhile: Callable[[], object], *
             _init(plan, store_bytes, debug)
         _running = _PrivateRay(free_bytes, server)
         try:
-            with _replaced(ray_worker, "print_to_stdstream", partial(_show, ray_worker.print_to_stdstream)):
+            with replaced(ray_worker, "print_to_stdstream", partial(_show, ray_worker.print_to_stdstream)):
                 yield
         finally:
             _running = None
@@ -161,7 +161,7 @@ def signals_held() -> Iterator[None]:
     for number in numbers:
         signal.signal(number, lambda number, frame: held.append(number))
     try:
-        with _replaced(utils, "set_sigterm_handler", lambda handler: None):
+        with replaced(utils, "set_sigterm_handler", lambda handler: None):
             yield
     finally:
         for number, handler in handlers.items():
@@ -205,7 +205,7 @@ def _on_loopback() -> Iterator[None]:
 
     The environment variable behind this is read when ray is imported, maybe long ago. A test looks at the ports.
     """
-    with _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
+    with replaced(ray_constants, "ENABLE_RAY_CLUSTER", False):
         yield
 
 
@@ -217,9 +217,9 @@ def _lean_start(meanwhile: Callable[[], object], debug: bool) -> Iterator[None]:
     """
     needed = partial(parameter.RayParams, no_monitor=True, include_log_monitor=debug)  # no autoscaler, no log reader
     with (
-        _replaced(parameter, "RayParams", needed),
-        _replaced(ray_node.Node, "start_api_server", lambda self, **_: None),  # include_dashboard=False starts one too
-        _replaced(services, "get_node", partial(_get_node, services.get_node, meanwhile)),
+        replaced(parameter, "RayParams", needed),
+        replaced(ray_node.Node, "start_api_server", lambda self, **_: None),  # include_dashboard=False starts one too
+        replaced(services, "get_node", partial(_get_node, services.get_node, meanwhile)),
     ):
         yield
 
@@ -232,8 +232,8 @@ def _launched(server: ForkServer | None) -> Iterator[None]:
         return
     flags = services._site_flags
     with (
-        _replaced(parameter, "RayParams", partial(parameter.RayParams, worker_path=str(LAUNCHER))),
-        _replaced(services, "_site_flags", lambda: ["-S", *flags()]),
+        replaced(parameter, "RayParams", partial(parameter.RayParams, worker_path=str(LAUNCHER))),
+        replaced(services, "_site_flags", lambda: ["-S", *flags()]),
     ):
         yield
 
@@ -252,7 +252,7 @@ def _get_node(original: Callable[..., Any], meanwhile: Callable[[], object], gcs
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Gives an attribute another value for a while, if there is one of that name."""
     if not hasattr(owner, name):
         yield

@@ -46,6 +46,8 @@ def cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: t
     best = max((s for s in shares if s > 0 and room(s, num_gpus, nodes, cost) >= actors), default=0.0)
     cpus = " + ".join(f"{node.num_cpus:g}" for node in nodes)
     if placement.num_cpus == "auto":
+        if not any(node.num_cpus for node in nodes):
+            raise PlanError(f"no CPU for actors on any node ({cpus}): others use them, or Ray was started without")
         if not best:
             raise PlanError(f"{actors} actors do not fit {cpus} CPUs: Ray's smallest share is 0.0001; set fewer actors")
         return best

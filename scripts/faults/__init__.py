@@ -1,0 +1,1 @@
+"""Faults that are injected into runs, at points drawn from a seed; `scripts/reliability.py` goes through them."""
