@@ -112,8 +112,23 @@ def test_a_client_that_kills_its_actors_is_left_out_alone_where_this_is_asked_fo
     assert clients.loc[1, "update_sha256"].drop(MARKED).tolist() == undisturbed.tolist()
 
 
+def test_run_json_says_how_often_a_client_was_left_out(shared_ray, data, tmp_path):
+    """In the rows that there are: also after a resume that has to do some of them again."""
+    config = CONFIG.override({"failures.on_exhausted": "drop", "placement.actors": 1, "checkpoint.every_s": 0})
+    with fedsim.recording.Recording.of(config, results=tmp_path, dataset=data, model=dies()) as recording:
+        for record in recording:
+            if record.round == 2:
+                break
+    folder = recording.folder
+    assert fedsim.load_run(folder).info["num_dropped"] == 2
+    for path in (folder / "checkpoint").glob("000002*"):
+        path.unlink()
+    run = fedsim.resume(folder, dataset=data, model=dies())
+    assert (run.info["num_dropped"], run.rounds["num_dropped"].sum()) == (3, 3)
+
+
 def test_without_that_it_stops_the_run_and_is_named_alone(shared_ray, data):
-    with pytest.raises(RunFailedError, match=rf"^client {MARKED} in round 1: actor \d died 2 times .*max_retries"):
+    with pytest.raises(RunFailedError, match=rf"^client {MARKED} in round 1: the actor died, 2 times .*max_retries"):
         fedsim.run(CONFIG, results=None, dataset=data, model=dies())
 
 
@@ -179,7 +194,7 @@ def test_an_actor_that_never_gets_up_ends_the_run_and_says_where_to_look(shared_
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 
     with pytest.raises(
-        RunFailedError, match=r"^starting the actor: actor \d died 2 times .*logs may say why: /.*/logs\);"
+        RunFailedError, match=r"^starting the actor: the actor died, 2 times .*logs may say why: /.*/logs\);"
     ):
         fedsim.run(CONFIG, results=None, dataset=data, model=model)
 

@@ -182,7 +182,7 @@ def test_exhausted_retries_stop_the_run_with_client_and_round(shared_ray, tmp_pa
         return module
 
     config = TINY.override({"placement.mode": "packed", "placement.actors": 1, "failures.max_retries": 1})
-    with pytest.raises(RunFailedError, match=r"client \d in round 1.*died 2 times.*failures\.max_retries"):
+    with pytest.raises(RunFailedError, match=r"client \d in round 1.*died, 2 times.*failures\.max_retries"):
         fedsim.run(config, results=tmp_path, name="dies", model=exits_in_actors)
     run = fedsim.load_run(tmp_path / "dies")
     assert run.status == "failed"

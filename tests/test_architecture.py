@@ -81,6 +81,7 @@ LAYERS = (
         "actors.slab",
         "actors.host",
         "actors.calls",
+        "actors.losses",
         "actors.crew",
         "actors.ray_pool",
     ),
@@ -171,7 +172,10 @@ def test_the_door_is_for_users_only():
     [
         (
             "ray",
-            {f"actors.{n}" for n in ("private", "handshake", "cluster", "connection", "host", "crew", "ray_pool")},
+            {
+                f"actors.{n}"
+                for n in ("private", "handshake", "cluster", "connection", "host", "losses", "crew", "ray_pool")
+            },
         ),
         ("torchvision", {name for name in MODULES if name.startswith("datasets")}),
         ("pyarrow", {name for name in MODULES if name.startswith("results")} | {"metrics"}),

@@ -22,11 +22,11 @@ from helpers import results_of
 from ray._private import utils as ray_utils
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.cluster_utils import Cluster
-from ray_nodes import NO_NAMESPACES, alive_nodes, ray_cluster
 
 import fedsim
+from faults.ray_nodes import NO_NAMESPACES, alive_nodes, ray_cluster
 from fedsim.actors import cluster, connection, handshake
-from fedsim.errors import PlanError
+from fedsim.errors import FedsimWarning, PlanError
 from fedsim.recording import Recording
 
 pytestmark = pytest.mark.ray
@@ -99,6 +99,45 @@ def test_a_ray_of_the_callers_own_with_several_nodes_is_used_and_left_running(tw
         assert ray.is_initialized()
     finally:
         ray.shutdown()
+
+
+# ---------------------------------------------------------------- nodes that come and go; more in test_reliability
+
+
+@pytest.mark.parametrize(("mode", "actors"), [("packed", 2), ("actor-per-client", 6)])
+def test_a_node_that_joins_is_used_from_the_next_round(reference, mode, actors):
+    """Also where each actor gets a larger share by it, and where the driver had memory in common with the first."""
+    with ray_cluster(1) as nodes:
+        config = TINY.override({"placement.mode": mode, "placement.address": nodes.address})
+        with Recording.of(config, results=None) as recording:
+            assert recording.plan.num_actors == {"packed": 1, "actor-per-client": 6}[mode]
+            for record in recording:
+                if record.round == 1:
+                    nodes.join(1)
+                if record.round == 3:
+                    free = [node.num_cpus for node in connection.free_nodes()]
+    assert len(free) == 2
+    assert free == [pytest.approx(0, abs=0.01)] * 2
+    assert results_of(recording.run) == results_of(reference)
+    pids = recording.run.clients.groupby("round")["pid"].unique()
+    assert len(set(pids[3]) - set(pids[1])) >= 1
+
+
+def test_a_node_that_joins_with_other_software_is_left_out(reference, monkeypatch):
+    def run():
+        with ray_cluster(1) as nodes:
+            own, config = handshake.software(), TINY.override({"placement.address": nodes.address})
+            with Recording.of(config, results=None) as recording:
+                for record in recording:
+                    if record.round == 1:
+                        nodes.join(1)
+                        monkeypatch.setattr(handshake, "software", lambda: replace(own, fedsim="0" * 64))
+        return recording.run
+
+    with pytest.warns(FedsimWarning, match=r"without the nodes that joined: node .* has no fedsim, or another"):
+        found = run()
+    assert results_of(found) == results_of(reference)
+    assert found.clients["pid"].nunique() == 1
 
 
 # ---------------------------------------------------------------- the handshake

@@ -6,7 +6,6 @@ losses; those of actors that have lost their work are not looked at.
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections import deque
@@ -15,14 +14,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from fedsim.actors.calls import Answer, Call, Work
-from fedsim.actors.connection import free_nodes, holds, live_node_ids, logs
+from fedsim.actors.connection import free_nodes, holds
 from fedsim.actors.host import Handle, Loaded
+from fedsim.actors.losses import LOST, cause_of, exhausted, first_line, own_error
 from fedsim.actors.private import fork_failure, fork_obstacle
 from fedsim.config import FailuresConfig
-from fedsim.errors import FedsimError, FedsimWarning, RunFailedError
+from fedsim.errors import FedsimWarning, RunFailedError
 from fedsim.failures import Cause, decide
 from fedsim.placement import Plan, capacity
 
@@ -30,8 +30,6 @@ _MANY = 32  # actors: so many take a tenth of a core when they have nothing to d
 _LOOK_S = 2.0  # without an answer, until it is looked whether one can come
 _START_S = 60.0  # of an actor, until it is looked whether Ray has room for it
 _DEAD_S = 100.0  # until Ray itself has found out that a node is dead: 14 s where it was killed, 64 where it was cut off
-
-_ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Crew:
@@ -138,9 +136,9 @@ class Crew:
                 return []
             values = ray.get(answer)
         except RayTaskError as error:  # the code in the actor raised: a bug, never retried
-            raise _own_error(error) from None
+            raise own_error(error) from None
         except RayError as error:  # the actor, its worker or its node died, or what it answered was lost
-            return self._lost(work, call, _cause(error), _first_line(error))
+            return self._lost(work, call, cause_of(error), first_line(error))
         call.handle.free_since = time.monotonic()
         return [Answer(piece, value, call) for piece, value in zip(call.pieces, values, strict=True)]
 
@@ -162,21 +160,38 @@ class Crew:
 
     def _lost(self, work: Work, call: Call, cause: Cause, reason: str) -> list[Answer]:
         """Decides what becomes of lost work; returns what was given up."""
-        is_alone = False
-        if call.handle is self.actors.get(call.actor):  # else it waited behind the call that noticed the death
-            call = replace(call, losses=call.losses.after(cause))
-            on_exhausted: Literal["stop", "drop"] = self._failures.on_exhausted if call.method == "fit" else "stop"
-            decision = decide(cause, call.losses, self._failures.max_retries, on_exhausted)
-            if decision == "stop":
-                raise RunFailedError(_exhausted(call, cause, reason))
-            self._replace(call.actor, cause)
-            if call.method != "load" and call.actor in self.actors:
-                work.made.update([self._submit(Call(call.actor, "load"))])
-            if decision == "drop":
-                return [Answer(piece, None, call, f"{_LOST[cause]}: {reason}") for piece in call.pieces]
-            is_alone = call.losses.of(cause) == self._failures.max_retries  # whose fault it is shows then
-        self._make_again(work, call, is_alone=is_alone)
-        return []
+        if call.handle is not self.actors.get(call.actor):  # it waited behind the call that noticed the death
+            self._make_again(work, call, is_alone=False)
+            return []
+        call, waiting = self._at_work(work, call)
+        call = replace(call, losses=call.losses.after(cause))
+        on_exhausted: Literal["stop", "drop"] = self._failures.on_exhausted if call.method == "fit" else "stop"
+        decision = decide(cause, call.losses, self._failures.max_retries, on_exhausted)
+        if decision == "stop":
+            raise RunFailedError(exhausted(call, cause, reason))
+        self._replace(call.actor, cause)
+        if call.method != "load" and call.actor in self.actors:
+            work.made.update([self._submit(Call(call.actor, "load"))])  # before all else that is asked of it
+        dropped: list[Answer] = []
+        if decision == "drop":
+            dropped = [Answer(piece, None, call, f"{LOST[cause]}: {reason}") for piece in call.pieces]
+        else:  # at the last try alone: whose fault it is shows then
+            self._make_again(work, call, is_alone=call.losses.of(cause) == self._failures.max_retries)
+        for other in waiting:
+            self._make_again(work, other, is_alone=False)
+        return dropped
+
+    def _at_work(self, work: Work, call: Call) -> tuple[Call, list[Call]]:
+        """The call that a dead actor was at: the first that it has not answered. And this one, if it is another."""
+        for answer, other in list(work.made.items()):
+            if other.handle is call.handle and other.made_at < call.made_at:
+                try:
+                    ray.get(answer, timeout=0)
+                except RayTaskError:
+                    continue  # it was answered, with a bug
+                except RayError:
+                    return work.made.pop(answer), [call]
+        return call, []
 
     def _make_again(self, work: Work, call: Call, *, is_alone: bool) -> None:
         """Makes a call again: by the actor's successor, or dealt out to those that are left."""
@@ -258,42 +273,3 @@ class Crew:
 
     def _has_room(self) -> bool:
         return capacity(self._plan.num_cpus, self._plan.num_gpus, free_nodes()) > 0
-
-
-def _cause(error: RayError) -> Cause:
-    """What was lost; Ray has no field that tells."""
-    if isinstance(error, OutOfMemoryError):
-        return "memory"
-    if isinstance(error, ActorUnavailableError) and len(live_node_ids()) > 1:  # nothing listens at its node any more
-        return "node"
-    if isinstance(error, ObjectLostError) or "node has died" in str(error) or "never ran" in str(error):
-        return "node"
-    return "actor"
-
-
-_LOST = {"actor": "the actor died", "node": "the node died", "memory": "out of memory", "timeout": "took too long"}
-
-
-def _own_error(error: RayTaskError) -> FedsimError:
-    """The error that the code in the actor raised, as the driver raises it."""
-    if isinstance(error.cause, FedsimError):
-        return error.cause
-    return RunFailedError(f"an actor failed:\n{_ANSI_COLOR.sub('', str(error))}")
-
-
-def _first_line(error: RayError) -> str:
-    return _ANSI_COLOR.sub("", str(error)).strip().splitlines()[0]
-
-
-def _exhausted(call: Call, cause: Cause, reason: str) -> str:
-    if call.method == "fit":
-        what = f"client {', '.join(str(task.client_id) for task, _ in call.pieces)} in round {call.pieces[0][0].round}"
-    else:
-        what = "the evaluation" if call.method == "evaluate" else "starting the actor"
-    times = call.losses.of(cause)
-    if cause == "timeout":
-        return f"{what}: {reason}, {times} times; see failures.timeout_s and failures.max_retries"
-    if call.method == "load":
-        reason += f"; Ray's logs may say why: {logs()}"
-    lost = f"actor {call.actor} died" if cause == "actor" else f"its {_LOST[cause].removeprefix('the ')}"
-    return f"{what}: {lost} {times} times ({reason}); see failures.max_retries"

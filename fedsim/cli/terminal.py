@@ -56,6 +56,8 @@ def say_outcome(recording: Recording, seconds: float) -> None:
         accuracy = recording.run.rounds["test_accuracy"].iloc[-1]
     rounds = count_rounds(recording.experiment.config.rounds)
     console.print(f"{recording.folder}: test accuracy {accuracy:.4f} after {rounds} ({seconds:.1f} s)")
+    if number := recording.run.info.get("num_dropped"):
+        console.print(f"{number} times a client was left out: without these losses the results would be others")
     console.print(f"import pandas as pd; pd.read_parquet({f'{recording.folder}/rounds.parquet'!r})")
 
 

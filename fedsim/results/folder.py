@@ -43,6 +43,7 @@ def begin(folder: Path, config: Config, info: dict[str, Any], *, overwrite: bool
         "started_at": now(),
         "ended_at": None,
         "error": None,
+        "num_dropped": 0,
         "config_sha256": hashlib.sha256(text).hexdigest(),
         **info,
     }
@@ -134,7 +135,9 @@ def go_on(
     try:
         writer = RunWriter(folder, held, config, info, last_round=round)
         was = {"config_sha256_before": before} if digest != before else {}  # there is a moment when both may be there
-        writer.update(status="running", ended_at=None, error=None, config_sha256=digest, **was)
+        num_dropped = sum(row.num_dropped for row in whole.rounds[: last + 1])
+        again = {"status": "running", "ended_at": None, "error": None, "num_dropped": num_dropped}
+        writer.update(**again, config_sha256=digest, **was)
         if was:
             publish(folder / "config.toml", text, durable=True)
             writer.update(config_sha256_before=None)

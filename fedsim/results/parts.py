@@ -33,6 +33,7 @@ class Row(NamedTuple):
     is_evaluated: bool
     is_lost: bool
     """Clients were sampled, and not one of them completed."""
+    num_dropped: int
 
 
 @dataclass
@@ -157,7 +158,9 @@ def _read_pair(folder: Path, name: str, whole: Whole) -> None:
     rounds = _read(folder, "rounds", name)
     if rounds["round"].to_pylist() != list(range(first, last + 1)):
         raise RunFolderError(f"{path} is damaged: it does not have one row for each of its rounds")
-    rows = rounds.select(["round", "num_sampled", "num_completed", "weights_sha256", *_EVALUATION]).to_pylist()
+    rows = rounds.select(
+        ["round", "num_sampled", "num_completed", "num_dropped", "weights_sha256", *_EVALUATION]
+    ).to_pylist()
     sampled = {row["round"]: row["num_sampled"] for row in rows if row["num_sampled"]}
     names = set(rounds["run"].unique().to_pylist())
     if sampled:
@@ -172,6 +175,6 @@ def _read_pair(folder: Path, name: str, whole: Whole) -> None:
     for row in rows:
         is_evaluated = any(row[column] is not None for column in _EVALUATION)
         is_lost = row["num_sampled"] > 0 and row["num_completed"] == 0
-        whole.rounds.append(Row(row["weights_sha256"], is_evaluated, is_lost))
+        whole.rounds.append(Row(row["weights_sha256"], is_evaluated, is_lost, row["num_dropped"]))
     whole.names |= names
     whole.parts[name] = last

@@ -79,6 +79,8 @@ class RunWriter:
         now, settings = time.monotonic(), self._config.checkpoint
         is_due = now - self._checkpointed >= settings.every_s or record.round == self._config.rounds
         with self._failing():
+            if record.num_dropped:  # such a run is another one than if nothing had been lost: it says so
+                self.update(num_dropped=self._info["num_dropped"] + record.num_dropped)
             if is_due or now + record.round_s - self._flushed >= FLUSH_S:  # the next round may take as long as this one
                 self.flush()
             if is_due:

@@ -15,13 +15,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import ray
-from helpers import wait_until
 
 QUICK_HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -188,7 +188,7 @@ class RayCluster:
             assert process.poll() is None, log.read_text()
             return "Ray runtime started" in log.read_text()
 
-        wait_until(is_up, timeout_s=60)
+        _wait_until(is_up, timeout_s=60)
         return node
 
 
@@ -224,6 +224,14 @@ def two_nodes(cpus: tuple[float, float] = (1, 1), **options: bool) -> contextlib
 def alive_nodes() -> list[str]:
     """The addresses of the nodes that Ray takes for alive; of the Ray that this process uses."""
     return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+
+
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError("waited too long for a node")
+        time.sleep(0.02)
 
 
 def _make_token() -> None:
