@@ -55,15 +55,15 @@ def reference(data):
     return fedsim.run(config, results=None, dataset=data, model=dies())
 
 
-def harmful(harm):
-    """A model that does harm in an actor, when it trains the marked client; nested, as actors cannot import tests."""
+def harmful(harm, client=MARKED):
+    """A model that does harm in an actor when it trains a client, or any; nested, as actors cannot import tests."""
     driver = os.getpid()
 
     def model():
         module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 
         def hook(self, inputs):
-            if self.training and os.getpid() != driver and inputs[0][:, 0, 0, 0].max() > 0:
+            if self.training and os.getpid() != driver and (client is None or inputs[0][:, 0, 0, 0].max() > 0):
                 harm()
 
         module.register_forward_pre_hook(hook)
@@ -72,8 +72,8 @@ def harmful(harm):
     return model
 
 
-def dies():
-    return harmful(lambda: os._exit(1))
+def dies(client=MARKED):
+    return harmful(lambda: os._exit(1), client)
 
 
 def harmless():
@@ -132,12 +132,30 @@ def test_without_that_it_stops_the_run_and_is_named_alone(shared_ray, data):
         fedsim.run(CONFIG, results=None, dataset=data, model=dies())
 
 
+@pytest.mark.parametrize("actors", [1, 2])
+def test_no_neighbour_is_left_out_also_without_retries(shared_ray, data, actors):
+    config = CONFIG.override(
+        {"failures.on_exhausted": "drop", "failures.max_retries": 0, "placement.actors": actors, "rounds": 1}
+    )
+    run = fedsim.run(config, results=None, dataset=data, model=dies())
+    assert run.clients["status"].tolist() == ["completed", "completed", "dropped", "completed"]
+
+
+def test_time_in_which_nobody_waits_is_not_the_clients(shared_ray, data):
+    config = CONFIG.override({"failures.timeout_s": 0.2, "failures.max_retries": 0})
+    num_retries = []
+    for record in fedsim.rounds(config, dataset=data, model=harmless()):
+        num_retries.append(record.num_retries)
+        time.sleep(1)
+    assert num_retries == [0, 0, 0, 0]
+
+
 def test_a_round_without_any_client_stops_the_run_after_its_rows_are_written(shared_ray, data, tmp_path):
     config = CONFIG.override({"failures.on_exhausted": "drop", "failures.max_retries": 0, "placement.actors": 1})
     with pytest.raises(
         RunFailedError, match=r"round 1: nothing to average: 4 clients were lost after all retries \(the"
     ):
-        fedsim.run(config, results=tmp_path, name="lost", dataset=data, model=dies())
+        fedsim.run(config, results=tmp_path, name="lost", dataset=data, model=dies(None))
     run = fedsim.load_run(tmp_path / "lost")
     assert run.status == "failed"
     assert run.clients["status"].tolist() == ["dropped"] * 4

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fedsim.actors.host import Handle
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """A method call on one actor: kept until it is answered, so that it can be made again, there or elsewhere."""
 
@@ -37,6 +37,8 @@ class Work:
     """By their answers to come, in the order in which they were made."""
     later: deque[Call] = field(default_factory=deque)
     """Not made yet: as many wait as there is nobody to work on."""
+    held: list[Call] = field(default_factory=list)
+    """To be made again after a loss, each when its actor has nothing else to do."""
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from fedsim.actors import private
 from fedsim.actors.calls import Answer, Call, Work
 from fedsim.actors.connection import free_nodes, holds
 from fedsim.actors.host import Handle, Loaded
 from fedsim.actors.losses import LOST, cause_of, exhausted, first_line, own_error
-from fedsim.actors.private import fork_failure, fork_obstacle
 from fedsim.config import FailuresConfig
 from fedsim.errors import FedsimWarning, RunFailedError
 from fedsim.failures import Cause, decide
@@ -103,11 +103,13 @@ class Crew:
         answers: list[Answer] = []
         while work.made:
             ready, _ = ray.wait(list(work.made), num_returns=1, timeout=self._look_s)
+            for answer in ready:
+                call = work.made.pop(answer)
+                self._make_more(work)
+                answers += self._take(work, call, answer)
             if time.monotonic() - self._looked_at >= self._look_s:
                 self._look(work)
-            for call in [work.made.pop(answer) for answer in ready if answer in work.made]:
-                self._make_more(work)
-                answers += self._take(work, call, ready[0])
+            self._make_held(work)
         return answers
 
     def abandon(self, work: Work) -> None:
@@ -139,7 +141,6 @@ class Crew:
             raise own_error(error) from None
         except RayError as error:  # the actor, its worker or its node died, or what it answered was lost
             return self._lost(work, call, cause_of(error), first_line(error))
-        call.handle.free_since = time.monotonic()
         return [Answer(piece, value, call) for piece, value in zip(call.pieces, values, strict=True)]
 
     def _welcome(self, number: int, loaded: Loaded) -> None:
@@ -154,7 +155,7 @@ class Crew:
             warnings.warn(reason, FedsimWarning, stacklevel=2)
             self.discard(number, reason)
         elif self._plan.start == "fork" and not loaded.is_forked:
-            reason = fork_obstacle() or "Ray started it with other settings"
+            reason = private.fork_obstacle() or "Ray started it with other settings"
             message = f"actor {number} could not be forked again ({reason}): it started as a plain one"
             warnings.warn(message, FedsimWarning, stacklevel=2)
 
@@ -167,6 +168,8 @@ class Crew:
         call = replace(call, losses=call.losses.after(cause))
         on_exhausted: Literal["stop", "drop"] = self._failures.on_exhausted if call.method == "fit" else "stop"
         decision = decide(cause, call.losses, self._failures.max_retries, on_exhausted)
+        if decision != "retry" and len(call.pieces) > 1:
+            decision = "retry"  # each alone: nobody stops a run, or is left out, for what another has done
         if decision == "stop":
             raise RunFailedError(exhausted(call, cause, reason))
         self._replace(call.actor, cause)
@@ -176,7 +179,7 @@ class Crew:
         if decision == "drop":
             dropped = [Answer(piece, None, call, f"{LOST[cause]}: {reason}") for piece in call.pieces]
         else:  # at the last try alone: whose fault it is shows then
-            self._make_again(work, call, is_alone=call.losses.of(cause) == self._failures.max_retries)
+            self._make_again(work, call, is_alone=call.losses.of(cause) >= self._failures.max_retries)
         for other in waiting:
             self._make_again(work, other, is_alone=False)
         return dropped
@@ -194,17 +197,31 @@ class Crew:
         return call, []
 
     def _make_again(self, work: Work, call: Call, *, is_alone: bool) -> None:
-        """Makes a call again: by the actor's successor, or dealt out to those that are left."""
-        if call.actor in self.actors:
-            parts = {call.actor: call.pieces}
-        elif call.method == "load":
+        """Has a call made again: by the actor's successor, or dealt out to those that are left."""
+        if call.method == "load":
+            if call.actor in self.actors:
+                work.made.update([self._submit(call)])
             return
-        else:
+        parts = {call.actor: call.pieces}
+        if call.actor not in self.actors:
             parts = {actor: call.pieces[i :: len(self.actors)] for i, actor in enumerate(self.actors)}
         for actor, part in parts.items():
-            for pieces in [(piece,) for piece in part] if is_alone and call.method != "load" else [part]:
-                if pieces or call.method == "load":
-                    work.made.update([self._submit(replace(call, actor=actor, pieces=pieces))])
+            for pieces in [(piece,) for piece in part] if is_alone else [part]:
+                if pieces:
+                    work.held.append(replace(call, actor=actor, pieces=pieces))
+
+    def _make_held(self, work: Work) -> None:
+        """Makes calls again, one at a time on each actor: its answer might not get out before the next one kills it."""
+        for call in [call for call in work.held if call.actor not in self.actors]:  # gone since
+            work.held.remove(call)
+            self._make_again(work, call, is_alone=False)
+        busy = {call.handle for call in work.made.values()}
+        for call in list(work.held):
+            handle = self.actors[call.actor]
+            if handle not in busy:
+                busy.add(handle)
+                work.held.remove(call)
+                work.made.update([self._submit(call)])
 
     def _make_more(self, work: Work) -> None:
         while work.later and len(work.made) < self._at_once:
@@ -248,13 +265,12 @@ class Crew:
 
     def _look(self, work: Work) -> None:
         """Looks for what no answer tells: actors that never start, and work that takes too long."""
-        self._looked_at = now = time.monotonic()
-        failure = fork_failure()
+        before, self._looked_at = self._looked_at, time.monotonic()
+        now = self._looked_at
+        failure = private.failure()
         if failure:
-            raise RunFailedError(
-                f"actors cannot be forked any more ({failure}), and as many plain ones do not fit the machine; "
-                "start again, or set placement.mode=packed"
-            )
+            raise RunFailedError(failure)
+        waited_s = min(now - before, 2 * self._look_s)  # no more: whoever uses the pool may have looked away
         busy: set[Handle] = set()
         for answer, call in list(work.made.items()):
             handle, timeout_s = call.handle, self._failures.timeout_s * max(1, len(call.pieces))
@@ -262,12 +278,15 @@ class Crew:
             if handle in busy or handle is not self.actors.get(call.actor):
                 continue  # it waits behind another call, or its loss is known
             busy.add(handle)
+            handle.at, handle.at_s = answer, handle.at_s + waited_s if handle.at == answer else 0.0
+            if ray.wait([answer], timeout=0)[0]:
+                continue
             if handle.loaded is None:
-                if now - handle.started_at > _START_S and not self._is_private and not self._has_room():
+                if handle.at_s > _START_S and not self._is_private and not self._has_room():
                     del work.made[answer]
                     self.discard(call.actor, "the cluster has no room for one")
                     self._make_again(work, call, is_alone=False)
-            elif timeout_s and now - max(call.made_at, handle.free_since) > timeout_s:
+            elif timeout_s and handle.at_s > timeout_s:
                 del work.made[answer]
                 self._lost(work, call, "timeout", f"no answer within {timeout_s:g} s")
 

@@ -112,8 +112,8 @@ class Handle:
 
     Attributes:
         loaded: what the actor's `load` answered, once it was taken.
-        started_at: when the actor was asked for; `time.monotonic`.
-        free_since: when it gave its last answer.
+        at: the answer to come that it was seen to be at.
+        at_s: for how many seconds.
     """
 
     def __init__(self, options: dict[str, Any], *, rests: bool) -> None:
@@ -123,7 +123,8 @@ class Handle:
         self._process: psutil.Process | None = None
         self._loading: ray.ObjectRef | None = None
         self.loaded: Loaded | None = None
-        self.started_at = self.free_since = time.monotonic()
+        self.at: ray.ObjectRef | None = None
+        self.at_s = 0.0
 
     def load(self, *arguments: Any) -> ray.ObjectRef:
         """Calls `HostActor.load`, to which the calls made after it wait; its answer to come."""
@@ -140,7 +141,7 @@ class Handle:
         if loaded.has_slab:
             with contextlib.suppress(psutil.NoSuchProcess):  # it is gone already
                 self._process = psutil.Process(loaded.host.pid)
-        self.loaded, self.free_since = loaded, time.monotonic()
+        self.loaded = loaded
         return loaded
 
     def call(self, method: str, *arguments: Any) -> ray.ObjectRef:

@@ -62,10 +62,21 @@ def allow_plain() -> None:
         _running.fork_server.allow_plain()
 
 
-def fork_failure() -> str:
-    """Why no actors start any more: they can be neither forked nor, as too many, plain; "" as long as they do."""
-    server = _running.fork_server if _running else None
-    return "" if server is None or server.or_plain or server.is_serving() else server.obstacle()
+def failure() -> str:
+    """Why nothing can come of a private Ray any more; "" as long as it is well, and of any other Ray."""
+    if _running is None:
+        return ""
+    node = ray_worker._global_node
+    dead = sorted({kind for kind, _ in node.dead_processes()} & {"raylet", "gcs_server"}) if node else []
+    if dead:  # Ray itself would end this process soon, without a word to Python
+        return f"Ray's own process {dead[0]} died"
+    server = _running.fork_server
+    if server is None or server.or_plain or server.is_serving():
+        return ""
+    return (
+        f"actors cannot be forked any more ({server.obstacle()}), and as many plain ones do not fit the machine; "
+        "start again, or set placement.mode=packed"
+    )
 
 
 def try_fork() -> str:

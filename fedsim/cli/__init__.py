@@ -209,11 +209,16 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 _showwarning = warnings.showwarning
+PATIENCE_S = 5.0
+"""After a signal, until the next one counts: the end takes less, unless something hangs."""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    interrupts.append(number)
-    raise KeyboardInterrupt
+    """Ends the command. Not again while it ends: who presses on would break off what the run still has to write."""
+    now = time.monotonic()
+    if not interrupts or now - interrupts[-1] > PATIENCE_S:
+        interrupts.append(now)
+        raise KeyboardInterrupt
 
 
 def _engine(x: Experiment, made: Plan) -> str:

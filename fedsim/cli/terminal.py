@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 _WIDTH = None if sys.stdout.isatty() else 200
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=_WIDTH)
 
-interrupts: list[int] = []
-"""Signals so far that end the command: a library may swallow the exception while it is imported."""
+interrupts: list[float] = []
+"""When signals came that end the command: a library may swallow the exception while it is imported."""
 
 
 def count_rounds(number: int) -> str:
@@ -64,6 +65,9 @@ def say_outcome(recording: Recording, seconds: float) -> None:
 def fail(message: str, code: int) -> NoReturn:
     """Says why the command ends, and ends it."""
     sys.stderr.write(f"fedsim: {message}\n")
+    if code == 130:  # a signal that comes in the very end would end Python with another code
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

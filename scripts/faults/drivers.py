@@ -19,13 +19,13 @@ SMALL = fedsim.Config().override(
     {
         "data.dataset": "synthetic",
         "data.partition.name": "quantity",
-        "rounds": 60,
+        "rounds": 500,
         "clients.count": 8,
         "clients.per_round": 4,
         "strategy.name": "fedadam",
         "placement.mode": "packed",
         "placement.actors": 2,
-        "checkpoint.every_s": 0.1,
+        "checkpoint.every_s": 0.2,
     }
 )
 SERIAL = {"placement.mode": "serial", "placement.actors": "auto"}
