@@ -132,7 +132,9 @@ def _read(folder: Path, kind: str, name: str) -> pa.Table:
     """
     path = folder / f"{kind}.parquet" / name
     try:
-        rows = pq.ParquetFile(io.BytesIO(path.read_bytes()), page_checksum_verification=True).read()
+        # On threads of its own, pyarrow now and then aborts a process that ends soon after ("terminate called ...").
+        file = pq.ParquetFile(io.BytesIO(path.read_bytes()), pre_buffer=False, page_checksum_verification=True)
+        rows = file.read(use_threads=False)
     except FileNotFoundError:
         raise RunFolderError(f"{path} is missing") from None
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
