@@ -4,13 +4,14 @@ Each fault is injected at points drawn from a seed. A run has survived it if its
 those of an undisturbed run, to the bit, or if fedsim refused to go on in words that name the file or key. All faults
 take about half an hour on two cores; those of a cluster need root on Linux, for nodes in network namespaces:
 
-    python scripts/reliability.py                   # all
+    python scripts/reliability.py                   # all, and what it costs
     python scripts/reliability.py actors drivers    # these; the page keeps what was found of the others
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from faults import actors, drivers, folders
+from faults import actors, clusters, costs, drivers, folders
 from faults.outcome import EQUAL, Outcome
 from fedsim import environment
 
@@ -38,7 +39,18 @@ FAULTS: dict[str, Fault] = {
     "raylets": drivers.raylet_killed,
     "signals": drivers.signalled,
     "folders": folders.damaged,
+    "disk": folders.full_disk,
+    "nodes": clusters.killed,
+    "node_replaced": clusters.replaced,
+    "node_cut_off": clusters.cut_off,
+    "node_hung": clusters.hung,
 }
+COSTS: dict[str, Callable[[Path], pd.DataFrame]] = {
+    "durable": costs.durable,
+    "lost_actor": costs.lost_actor,
+    "two_nodes": costs.two_nodes,
+}
+"""What safety and losses cost; a row a turn, with a `ratio`."""
 
 
 def inject(name: str, seed: int) -> pd.DataFrame:
@@ -46,65 +58,100 @@ def inject(name: str, seed: int) -> pd.DataFrame:
     with tempfile.TemporaryDirectory() as folder:
         outcomes = FAULTS[name](seed, Path(folder))
     frame = pd.DataFrame([{**asdict(outcome), "is_survived": outcome.is_survived} for outcome in outcomes])
+    return _signed(name, frame).assign(seed=seed)
+
+
+def _signed(name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """With what was done, and when, where and with what."""
     machine, versions = environment.machine(), environment.versions()
     frame.insert(0, "name", name)
     return frame.assign(
-        seed=seed,
         date=datetime.now(UTC).date().isoformat(),
-        git_commit=environment.git_commit(),
+        git_commit=git_commit(),
         machine=f"{machine['num_cpus']} cores, {machine['processor']}",
         versions=", ".join(f"{package} {versions[package]}" for package in ("python", "ray", "torch", "fedsim")),
     )
 
 
-def publish(folder: Path, new: pd.DataFrame) -> None:
-    """Writes faults.parquet and README.md: new rows in the place of older ones of the same names."""
-    path = folder / "faults.parquet"
+git_commit = functools.cache(environment.git_commit)
+"""As it was before the first files changed the tree."""
+
+
+def publish(folder: Path, file: str, new: pd.DataFrame, order: list[str]) -> None:
+    """Writes a Parquet file, new rows in the place of older ones of the same names, and README.md anew."""
+    path = folder / file
     kept = pd.read_parquet(path) if path.exists() else new.iloc[:0]
     frames = [frame for frame in (kept[~kept["name"].isin(set(new["name"]))], new) if len(frame)]
-    faults = pd.concat(frames, ignore_index=True)
-    faults = faults.sort_values("name", key=lambda names: names.map(list(FAULTS).index), kind="stable")
+    merged = pd.concat(frames, ignore_index=True)
+    merged = merged.sort_values("name", key=lambda names: names.map(order.index), kind="stable")
     folder.mkdir(parents=True, exist_ok=True)
-    faults.to_parquet(path, index=False)
-    (folder / "README.md").write_text(_page(faults), encoding="utf-8")
+    merged.to_parquet(path, index=False)
+    (folder / "README.md").write_text(_page(folder), encoding="utf-8")
 
 
-def _page(faults: pd.DataFrame) -> str:
+def _page(folder: Path) -> str:
+    lines = ["# Reliability", "", "Made by `scripts/reliability.py` from the Parquet files beside this page.", ""]
+    if (folder / "faults.parquet").exists():
+        lines += _faults(pd.read_parquet(folder / "faults.parquet"))
+    if (folder / "costs.parquet").exists():
+        lines += _costs(pd.read_parquet(folder / "costs.parquet"))
+    return "\n".join(lines) + "\n"
+
+
+def _faults(faults: pd.DataFrame) -> list[str]:
     lines = [
-        "# Reliability",
-        "",
-        "Made by `scripts/reliability.py` from `faults.parquet` beside this page: a row an injected fault.",
-        "",
-        f"**{faults['is_survived'].sum():,} of {len(faults):,} faults survived**: the same result columns and final "
-        "weights as the undisturbed run, to the bit, or a refusal that names what is wrong.",
+        f"**{faults['is_survived'].sum():,} of {len(faults):,} injected faults survived**: the result columns and "
+        "final weights are those of the undisturbed run, to the bit, or a refusal names what is wrong. Each has a row "
+        "in `faults.parquet`, with its point and outcome.",
         "",
         "| fault | injected | equal bits | refused | not survived | date |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for name, rows in faults.groupby("name", sort=False):
-        what = str(FAULTS[str(name)].__doc__).splitlines()[0].rstrip(".")
         equal, survived = (rows["outcome"] == EQUAL).sum(), rows["is_survived"].sum()
         counts = f"{len(rows)} | {equal} | {survived - equal} | {len(rows) - survived}"
-        lines.append(f"| {what} (`{name}`) | {counts} | {rows['date'].iloc[0]} |")
-    last = faults.iloc[-1]
-    lines += ["", f"{last['machine']}; {last['versions']}; code at {last['git_commit']}."]
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {_what(FAULTS[str(name)])} (`{name}`) | {counts} | {rows['date'].iloc[0]} |")
+    return [*lines, *_where(faults)]
+
+
+def _costs(found: pd.DataFrame) -> list[str]:
+    lines = ["## What it costs", "", "| measured | median | turns | date |", "| --- | ---: | --- | --- |"]
+    for name, rows in found.groupby("name", sort=False):
+        turns = ", ".join(f"{ratio:.3f}" for ratio in rows["ratio"])
+        cells = _what(COSTS[str(name)]), f"{rows['ratio'].median():.3f}", turns, rows["date"].iloc[0]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, *_where(found)]
+
+
+def _what(function: Callable[..., object]) -> str:
+    return str(function.__doc__).splitlines()[0].rstrip(".")
+
+
+def _where(frame: pd.DataFrame) -> list[str]:
+    last = frame.iloc[-1]
+    return ["", f"{last['machine']}; {last['versions']}; code at {last['git_commit']}.", ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the arguments, injects, and writes after each fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"of {', '.join(FAULTS)}; all, if none is named")
+    names = [*FAULTS, *COSTS]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}; all, if none is named")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=PUBLISHED, metavar="DIR")
     args = parser.parse_args(arguments)
-    if unknown := set(args.faults) - set(FAULTS):
-        parser.error(f"no fault {', '.join(sorted(unknown))}; there are {', '.join(FAULTS)}")
+    if unknown := set(args.names) - set(names):
+        parser.error(f"no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    git_commit()
     is_good = True
-    for name in args.faults or FAULTS:
-        print(f"{name}: {FAULTS[name].__doc__}", flush=True)
+    for name in args.names or names:
+        print(f"{name}: {_what(FAULTS.get(name) or COSTS[name])}", flush=True)
+        if name in COSTS:
+            with tempfile.TemporaryDirectory() as folder:
+                publish(args.output, "costs.parquet", _signed(name, COSTS[name](Path(folder))), list(COSTS))
+            continue
         found = inject(name, args.seed)
-        publish(args.output, found)
+        publish(args.output, "faults.parquet", found, list(FAULTS))
         bad = found[~found["is_survived"]]
         print(f"  {len(found) - len(bad)} of {len(found)} survived, {found['run_s'].max():.0f} s", flush=True)
         for row in bad.itertuples():

@@ -108,7 +108,7 @@ def drawn(config: fedsim.Config, share: float, seed: int, ways: Sequence[str]) -
     rng, x = np.random.default_rng(seed), prepare(config)
     fits = [(round, client) for round in range(1, config.rounds + 1) for client in x.sample(round)]
     chosen = rng.choice(len(fits), max(1, round(share * len(fits))), replace=False)
-    return [Point(*fits[i], str(rng.choice(list(ways)))) for i in sorted(chosen)]
+    return [Point(fits[i][0], fits[i][1], str(rng.choice(list(ways)))) for i in sorted(chosen)]
 
 
 def _outcomes(fault: str, config: fedsim.Config, points: Sequence[Point], folder: Path) -> list[Outcome]:

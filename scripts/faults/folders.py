@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +86,35 @@ def _words(message: str) -> list[str]:
 
 def _contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def full_disk(seed: int, folder: Path) -> list[Outcome]:
+    """The disk is full at one write of a run, for each of its writes; then there is room again."""
+    config = SMALL.override({**SERIAL, "rounds": 6, "checkpoint.every_s": 0})
+    reference, number, write_bytes = fedsim.run(config, results=None), 0, Path.write_bytes
+    outcomes: list[Outcome] = []
+    while not outcomes or "not reached" not in outcomes[-1].outcome:
+        calls = iter(range(10**9))
+
+        def fails(path: Path, data: bytes, calls: Iterator[int] = calls, number: int = number) -> int:
+            if next(calls) == number:
+                write_bytes(path, data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return write_bytes(path, data)
+
+        with stopwatch() as watch:
+            Path.write_bytes = fails  # type: ignore[assignment,method-assign]
+            try:
+                fedsim.run(config, results=folder, name=f"run-{number}")
+                outcome = "not reached, or not told"
+            except FedsimError as error:
+                outcome = "" if "No space left on device" in str(error) else f"not a clear error: {error}"
+            finally:
+                Path.write_bytes = write_bytes  # type: ignore[method-assign]
+            if not outcome:
+                again = folder / f"run-{number}"
+                run = fedsim.resume(again) if again.exists() else fedsim.run(config, results=folder, name=again.name)
+                outcome = compared(run, reference)
+        outcomes.append(Outcome("disk full", f"write {number + 1}", outcome, watch.seconds))
+        number += 1
+    return outcomes[:-1]

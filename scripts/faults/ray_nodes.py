@@ -216,11 +216,6 @@ def ray_cluster(
         cluster.close()
 
 
-def two_nodes(cpus: tuple[float, float] = (1, 1), **options: bool) -> contextlib.AbstractContextManager[RayCluster]:
-    """A head and one more node; see `ray_cluster`."""
-    return ray_cluster(*cpus, **options)
-
-
 def alive_nodes() -> list[str]:
     """The addresses of the nodes that Ray takes for alive; of the Ray that this process uses."""
     return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
