@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ SMALL = fedsim.Config().override(
     {
         "data.dataset": "synthetic",
         "data.partition.name": "quantity",
-        "rounds": 500,
+        "rounds": 2000,
         "clients.count": 8,
         "clients.per_round": 4,
         "strategy.name": "fedadam",
@@ -84,10 +85,10 @@ def _disturbed(
     moments: Sequence[float],
     harm: Callable[[subprocess.Popen[bytes]], str],
     folder: Path,
+    watched: set[psutil.Process],
 ) -> list[Outcome]:
     """A run that comes to harm at each of these moments, seconds after its start or its last resume."""
     points: list[str] = []
-    watched: set[psutil.Process] = set()
     with stopwatch() as watch:
         for moment in moments:
             driver = _start(config, folder)
@@ -102,8 +103,6 @@ def _disturbed(
     outcome = compared(run, reference_of(config)) if code == 0 else f"resume ended with {code}"
     if outcome == EQUAL and run.status != "finished":
         outcome = f"the run is {run.status}"
-    if outcome == EQUAL and (left := _left(watched)):
-        outcome = f"left behind: {left}"
     return [Outcome(fault, point, outcome, watch.seconds) for point in points]
 
 
@@ -152,10 +151,12 @@ def _chains(
     harm: Callable[[subprocess.Popen[bytes]], str],
 ) -> list[Outcome]:
     """Runs of which each comes to harm several times; the moments reach from the command to past the first rounds."""
-    rng, outcomes = np.random.default_rng(seed), []
+    rng, outcomes, watched = np.random.default_rng(seed), [], set[psutil.Process]()
     for number in range(num_runs):
         own = folder / str(number)
         own.mkdir(parents=True)
         moments = [float(moment) for moment in rng.uniform(0.5, 6.0, num_harms)]
-        outcomes += _disturbed(fault, SMALL, moments, harm, own)
+        outcomes += _disturbed(fault, SMALL, moments, harm, own, watched)
+    if left := _left(watched):
+        outcomes = [replace(outcome, outcome=f"left behind: {left}") for outcome in outcomes]
     return outcomes
