@@ -21,7 +21,7 @@ import fedsim
 from fedsim.config import Config
 from fedsim.errors import FedsimError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.recording import Recording
-from fedsim.results import load_run
+from fedsim.results import begin, load_run
 
 CONFIG = Config().override(
     {
@@ -129,9 +129,10 @@ def test_a_run_killed_while_it_replaces_another_can_be_overwritten_again(tmp_pat
         assert_same_results(fedsim.run(CONFIG, results=folder.parent, name="mnist", overwrite=True), whole)
 
 
-def test_what_a_run_killed_in_its_first_moment_has_left_is_swept(tmp_path, whole):
+def test_what_a_run_killed_in_its_first_moment_has_left_is_swept(tmp_path):
     left = tmp_path / ".mnist.123.new"
-    shutil.copytree(whole.path, left)
+    begin(left, CONFIG, {}).__exit__(None, None, None)
+    (left / "rounds.parquet" / ".part-empty.parquet.123.tmp").touch()
     fedsim.run(CONFIG, results=tmp_path)
     assert left.exists(), "it may be another process's, and a moment old"
     os.utime(left, (0, 0))
@@ -141,6 +142,25 @@ def test_what_a_run_killed_in_its_first_moment_has_left_is_swept(tmp_path, whole
         assert left.exists(), "it is being written"
     fedsim.run(CONFIG, results=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mnist", "mnist-2", "mnist-3"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        (".photos.new", ".lock"),
+        (".mnist.2024b.new", ".lock"),
+        ("..5.new", ".lock"),
+        (".mnist.5.new", "precious.txt"),
+        (".mnist.5.new", "rounds.parquet/part-000000-000003.parquet"),
+        (".mnist.5.new", ".hidden"),
+    ],
+)
+def test_what_need_not_be_fedsims_is_not_swept(tmp_path, folder, file):
+    (tmp_path / folder / file).parent.mkdir(parents=True)
+    (tmp_path / folder / file).touch()
+    os.utime(tmp_path / folder, (0, 0))
+    fedsim.run(CONFIG, results=tmp_path)
+    assert (tmp_path / folder / file).exists()
 
 
 def test_a_resume_killed_at_any_moment_can_be_resumed(tmp_path, whole, longer):
