@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedsim.errors import RunFolderError
 from fedsim.files import publish
+from fedsim.server_state import copied
 
 VERSION = 1
 
@@ -34,9 +35,8 @@ def save(folder: Path, round: int, tensors: dict[str, Tensor], state: dict[str, 
     """
     folder.mkdir(exist_ok=True)
     files = {f"{round:06d}.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
-    if state:  # cloned: safetensors takes no tensors that share memory or are not contiguous
-        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        files[f"{round:06d}.server.safetensors"] = safetensors.torch.save(own)
+    if state:  # copied: safetensors takes no tensors that share memory or are not contiguous
+        files[f"{round:06d}.server.safetensors"] = safetensors.torch.save(copied(state))
     for name, content in files.items():
         publish(folder / name, content, durable=True)
     manifest = {
