@@ -91,7 +91,22 @@ def with_gradients():
     return Strategy(fedavgm().init, aggregate)
 
 
-@pytest.mark.parametrize("make", [in_place_tensors, in_place_dictionary, kept_weights, with_gradients])
+def order_of_keys():
+    """Server momentum in the first of many parts of a state, whatever they are called."""
+
+    def init(weights):
+        others = {f"a{number}": torch.zeros(len(weights)).double() for number in range(20)}
+        return fedavgm().init(weights) | others
+
+    def aggregate(state, weights, updates, num_examples):
+        name, velocity = next(iter(state.items()))
+        weights, new = fedavgm().aggregate({"velocity": velocity}, weights, updates, num_examples)
+        return weights, state | {name: new["velocity"]}
+
+    return Strategy(init, aggregate)
+
+
+@pytest.mark.parametrize("make", [in_place_tensors, in_place_dictionary, kept_weights, with_gradients, order_of_keys])
 def test_a_strategy_may_do_with_its_tensors_what_it_likes(tmp_path, make):
     own, calls = make(), []
 
