@@ -322,6 +322,9 @@ def test_run_json_names_the_users_own_parts(tmp_path):
     own = info(run(tmp_path, model=small, dataset=datasets.load("synthetic"), strategy=fedavg()).path)["own"]
     assert own.keys() == {"model", "dataset", "strategy"}
     assert own["model"].endswith("small")
+    assert own["strategy"] == "fedsim.strategies.fedavg"
+    again = info(run(tmp_path, strategy=failing_in(9)).path)["own"]
+    assert again["strategy"] == f"{__name__}.failing_in"
 
 
 def test_there_is_one_row_a_sampled_client_a_round(tmp_path):

@@ -20,7 +20,7 @@ from fedsim.errors import ClientError, ConfigError, FedsimWarning, InputError, R
 from fedsim.recording import Recording
 from fedsim.results import load_run
 from fedsim.run_folder import is_live, lock
-from fedsim.strategies import Strategy, fedavg
+from fedsim.strategies import Strategy, fedadam, fedavg
 
 CONFIG = Config().override(
     {
@@ -363,6 +363,26 @@ def test_another_model_or_data_set_than_the_runs_own_is_refused(own_run):
     smaller = {"model": lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "anyway": True}
     refused(own_run, "checkpoint of round 2 .* is of another model", **OWN | smaller)
     refused(own_run, r"data \(sha256\)", **OWN | {"dataset": tiny(0.5)})
+
+
+def test_another_strategy_than_the_runs_own_is_refused_where_it_is_fedsims(tmp_path, own_run):
+    refused(
+        own_run,
+        r"strategy test_resume\.half_step in the run, fedsim\.strategies\.fedavg here",
+        **OWN | {"strategy": fedavg()},
+    )
+    folder = stop_after(2, CONFIG, tmp_path / "adam", strategy=fedadam())
+    for other in (fedavg(), half_step()):
+        refused(folder, r"strategy fedsim\.strategies\.fedadam in the run, .* here", strategy=other)
+    resumed = fedsim.resume(folder, strategy=fedadam())
+    assert_same_results(resumed, fedsim.run(config_of(strategy__name="fedadam"), results=None))
+
+
+@pytest.mark.parametrize("called", ["fedsim.strategies.Strategy", "where_it_was_before.half_step"])
+def test_an_own_strategy_may_be_called_otherwise(own_run, called):
+    """An earlier fedsim called every one of them Strategy."""
+    edit_info(own_run, own=info(own_run)["own"] | {"strategy": called})
+    assert_same_results(fedsim.resume(own_run, **OWN), fedsim.run(OWN_CONFIG, results=None, **OWN))
 
 
 # --- Damage ----------------------------------------------------------------------------------------------------------
