@@ -500,11 +500,31 @@ def test_a_run_json_without_what_it_must_say_is_named(stopped, key):
     del stated[key]
     (stopped / "run.json").write_text(json.dumps(stated))
     refused(stopped, rf"run\.json is damaged: {key} is None")
+    with pytest.raises(RunFolderError, match=rf"run\.json is damaged: {key} is None"):
+        load_run(stopped)
+
+
+WRONG = [
+    *[(key, value) for key in ("name", "status") for value in (None, 1, [], {})],
+    *[(key, value) for key in ("own", "data", "versions", "placement") for value in (None, 1, "x", [])],
+    *[("resumes", value) for value in (None, 1, "x", {})],
+    ("own", {"strategy": None}),
+    ("data", {"sha256": 1, "input_shape": [2], "num_classes": 2}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_what_a_run_json_says_in_another_way_is_named(stopped, key, value):
+    edit_info(stopped, **{key: value})
+    said = rf"run\.json is damaged: {key} (is|has) "
+    refused(stopped, said)
+    with pytest.raises(RunFolderError, match=said):
+        load_run(stopped)
 
 
 def test_a_run_json_with_half_of_the_data_is_named(stopped):
     edit_info(stopped, data={"sha256": info(stopped)["data"]["sha256"]})
-    refused(stopped, r"run\.json is damaged: data has no input_shape, num_classes")
+    refused(stopped, r"run\.json is damaged: data has input_shape = None, data has num_classes = None")
 
 
 def test_a_renamed_and_moved_run_goes_on_under_its_name(stopped, tmp_path, whole):
