@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fedsim.errors import RunFolderError
 from fedsim.files import publish
+from fedsim.server_state import copied
 
-VERSION = 1
+VERSION = 2
+"""1 has no names in its manifests."""
 
 
 def save(folder: Path, round: int, tensors: dict[str, Tensor], state: dict[str, Tensor], weights_sha256: str) -> None:
@@ -33,10 +35,10 @@ def save(folder: Path, round: int, tensors: dict[str, Tensor], state: dict[str, 
         weights_sha256: as in the round's record.
     """
     folder.mkdir(exist_ok=True)
-    files = {f"{round:06d}.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
-    if state:  # cloned: safetensors takes no tensors that share memory or are not contiguous
-        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-        files[f"{round:06d}.server.safetensors"] = safetensors.torch.save(own)
+    held = {f"{round:06d}.safetensors": tensors}
+    if state:  # copied: safetensors takes no tensors that share memory or are not contiguous
+        held[f"{round:06d}.server.safetensors"] = copied(state)
+    files = {name: safetensors.torch.save(held[name], {"format": "pt"}) for name in held}
     for name, content in files.items():
         publish(folder / name, content, durable=True)
     manifest = {
@@ -44,6 +46,7 @@ def save(folder: Path, round: int, tensors: dict[str, Tensor], state: dict[str, 
         "round": round,
         "weights_sha256": weights_sha256,
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+        "names": {name: list(held[name]) for name in held},  # in their order, which safetensors does not keep
     }
     publish(folder / f"{round:06d}.json", json.dumps(manifest, indent=2).encode(), durable=True)
 
@@ -84,16 +87,19 @@ def load(folder: Path, round: int, weights_sha256: str | None = None) -> tuple[d
         RunFolderError: a file is missing, not the one that was written, or of other weights; it is named.
     """
     manifest_path = folder / f"{round:06d}.json"
+    model, server = f"{round:06d}.safetensors", f"{round:06d}.server.safetensors"
     try:
         manifest: dict[str, Any] = json.loads(manifest_path.read_text())
         version, checksums = manifest["fedsim_checkpoint"], dict(manifest["files"])
         contents = {name: (folder / Path(name).name).read_bytes() for name in checksums}
-        model = contents[f"{round:06d}.safetensors"]
+        names = {name: [*map(str, manifest["names"][name])] if version == VERSION else None for name in checksums}
+        if model not in checksums:
+            raise KeyError(model)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunFolderError(
             f"the checkpoint {manifest_path} cannot be read: {type(error).__name__}: {error}"
         ) from None
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise RunFolderError(f"the checkpoint {manifest_path} is of version {version}, not {VERSION}; update fedsim")
     if weights_sha256 is not None and manifest.get("weights_sha256") != weights_sha256:
         raise RunFolderError(f"the checkpoint {manifest_path} does not hold the weights of that round's row")
@@ -102,5 +108,22 @@ def load(folder: Path, round: int, weights_sha256: str | None = None) -> tuple[d
             raise RunFolderError(
                 f"the checkpoint file {folder / name} is damaged: its checksum is not the recorded one"
             )
-    state = contents.get(f"{round:06d}.server.safetensors")
-    return safetensors.torch.load(model), safetensors.torch.load(state) if state else {}
+    loaded = {name: _tensors(folder / name, content, names[name]) for name, content in contents.items()}
+    return loaded[model], loaded.get(server, {})
+
+
+def _tensors(path: Path, content: bytes, names: list[str] | None) -> dict[str, Tensor]:
+    """The tensors of a file in the order that they were saved in; in any, where none is given.
+
+    Raises:
+        RunFolderError: it has others, or is no file of tensors.
+    """
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise RunFolderError(f"the checkpoint file {path} cannot be read: {error}") from None
+    if names is None:
+        return tensors
+    if sorted(names) != sorted(tensors):
+        raise RunFolderError(f"the checkpoint file {path} does not hold the tensors that its manifest names")
+    return {name: tensors[name] for name in names}

@@ -14,7 +14,7 @@ from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError
 from fedsim.experiment import Experiment
-from fedsim.strategies import Strategy
+from fedsim.strategies import STRATEGIES, Strategy
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,17 @@ def compared(info: Mapping[str, Any], x: Experiment) -> dict[str, tuple[Any, Any
     return {"data (sha256)": (str(info["data"].get("sha256"))[:12], x.dataset.sha256()[:12])} | {
         package: (was.get(package), versions.get(package)) for package in {**was, **versions}
     }
+
+
+def compared_strategy(info: Mapping[str, Any], x: Experiment) -> dict[str, tuple[Any, Any]]:
+    """The strategy that came from Python, where one of the two is fedsim's, as in `compared`.
+
+    Two of the user's are taken for the same: one may have been renamed or moved since.
+    """
+    was, now = info["own"].get("strategy"), x.own.get("strategy")
+    fedsims = {f"{make.__module__}.{make.__qualname__}" for make in STRATEGIES.values()}
+    is_unknown = was == f"{Strategy.__module__}.{Strategy.__qualname__}"  # all that an earlier fedsim wrote down
+    return {} if is_unknown or fedsims.isdisjoint({was, now}) else {"strategy": (was, now)}
 
 
 def check_same(path: Path | None, pairs: Mapping[str, tuple[Any, Any]], anyway: bool) -> list[str]:

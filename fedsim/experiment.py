@@ -123,5 +123,7 @@ def prepare(
 
 
 def _called(part: Any) -> str:
+    if isinstance(part, Strategy):  # after the function that makes it: `Strategy` says nothing
+        return _called(part.aggregate).partition(".<locals>")[0]
     kind = part if hasattr(part, "__qualname__") else type(part)
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fedsim.compatibility import NOTHING, Own, check_own, check_same, compared, with_engine_of
+from fedsim.compatibility import NOTHING, Own, check_own, check_same, compared, compared_strategy, with_engine_of
 from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import ConfigError, FedsimWarning, RunFolderError
@@ -133,7 +133,7 @@ def plan_resume(stopped: Stopped, own: Own = NOTHING, *, anyway: bool = False) -
         return None
     check_own(folder, info["own"], own)
     x = prepare(with_engine_of(info, config), model=own.model, strategy=own.strategy, dataset=own.dataset)
-    pairs = compared(info, x) | {"engine": (info.get("engine"), x.spec.engine)}
+    pairs = compared(info, x) | compared_strategy(info, x) | {"engine": (info.get("engine"), x.spec.engine)}
     if whole.rounds:
         pairs["initial weights"] = (whole.rounds[0].weights_sha256[:12], x.initial_weights.sha256()[:12])
     unlike = check_same(folder, pairs, anyway)

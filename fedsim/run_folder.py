@@ -22,6 +22,10 @@ from fedsim.errors import RunFolderError
 
 RUN_VERSION = 1
 
+_NEEDED = {"name": str, "status": str, "own": dict, "data": dict}
+_IF_THERE = {"versions": dict, "placement": dict, "resumes": list}
+_OF_DATA = {"sha256": str, "input_shape": list, "num_classes": int}
+
 
 def target(results: Path, name: str | None, default_name: str, overwrite: bool) -> Path:
     """The folder a new run will have; nothing is made yet.
@@ -108,6 +112,14 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
     version = info["fedsim_run"]
     if not isinstance(version, int) or version > RUN_VERSION:
         raise RunFolderError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
+    kinds = _NEEDED | {key: kind for key, kind in _IF_THERE.items() if key in info}
+    wrong = [f"{key} is {info.get(key)!r}" for key, kind in kinds.items() if not isinstance(info.get(key), kind)]
+    if not wrong:
+        wrong += [f"own has {part} = {name!r}" for part, name in info["own"].items() if not isinstance(name, str)]
+        data = [(key, info["data"].get(key), kind) for key, kind in _OF_DATA.items()]
+        wrong += [f"data has {key} = {value!r}" for key, value, kind in data if not isinstance(value, kind)]
+    if wrong:
+        raise RunFolderError(f"{folder / 'run.json'} is damaged: {', '.join(wrong)}")
     config = Config.from_toml(path)
     known = [info.get("config_sha256"), info.get("config_sha256_before")]  # two while a resume changes it
     if known[0] is None or sha256(path) in known:  # a run of an earlier fedsim has none
@@ -150,11 +162,6 @@ def stopped(folder: Path, changes: Mapping[str, Any]) -> Iterator[Stopped]:
         info, config, damage = read_run(folder)
         if damage:
             raise RunFolderError(f"{damage}; what may change is given with --set (from Python: changes={{...}})")
-        kinds = {"name": str, "status": str, "own": dict, "data": dict}
-        if wrong := [key for key, kind in kinds.items() if not isinstance(info.get(key), kind)]:
-            raise RunFolderError(f"{folder / 'run.json'} is damaged: {wrong[0]} is {info.get(wrong[0])!r}")
-        if missing := {"sha256", "input_shape", "num_classes"} - info["data"].keys():
-            raise RunFolderError(f"{folder / 'run.json'} is damaged: data has no {', '.join(sorted(missing))}")
         yield Stopped(folder, held, info, changed(config, changes))
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from fedsim.experiment import Experiment, prepare
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import ClientRecord, ClientStatus, RoundRecord
 from fedsim.numerics import numerics
+from fedsim.server_state import check_state, copied, own_memory
 from fedsim.strategies import State, Strategy, weighted_mean
 from fedsim.training import Evaluation
 from fedsim.weights import Weights, cosines, l2_norm, read_only_tensor
@@ -86,7 +88,7 @@ def _round_0(x: Experiment, pool: Pool) -> Round:
     clock = _Clock()
     weights = x.initial_weights
     with numerics(x.config.placement.threads):
-        state = x.strategy.init(weights.flat)
+        state = check_state(x.strategy.init(own_memory(weights.flat)), "round 0: the strategy's init")
     with clock.part("evaluate_s"):
         evaluation = pool.evaluate(0, weights)
     return Round(_record(0, clock, weights, evaluation), weights, state)
@@ -159,19 +161,21 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     updates = torch.from_numpy(np.stack([update.update for update in completed]))
     is_by_examples = x.config.strategy.weighting == "examples"
     counts = torch.tensor([update.num_examples if is_by_examples else 1 for update in completed])
-    try:
-        flat, state = x.strategy.aggregate(state, weights.flat, updates, counts)
+    angles = cosines(updates, [update.update_l2_norm for update in completed], weighted_mean(updates, counts))
+    try:  # with copies: what it changes in place is its own
+        flat, state = x.strategy.aggregate(copied(state), own_memory(weights.flat), updates, counts)
     except Exception as error:
         error.add_note(f"This was the strategy's aggregate in round {round}, of {len(completed)} updates.")
         raise
-    expected = f"{weights.flat.dtype} {tuple(weights.flat.shape)}"
-    if not isinstance(flat, Tensor) or f"{flat.dtype} {tuple(flat.shape)}" != expected:
-        given = f"{flat.dtype} {tuple(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
-        raise RunFailedError(f"round {round}: the strategy gave {given} where it must give weights {expected}")
+    if not isinstance(flat, Tensor) or _kind(flat) != _kind(weights.flat):
+        raise RunFailedError(
+            f"round {round}: the strategy gave {_kind(flat)} where it must give weights {_kind(weights.flat)}"
+        )
+    flat = own_memory(flat)  # the strategy may keep what it gave, and write to it
+    state = check_state(state, f"round {round}: the strategy's aggregate")
     update_l2_norm = l2_norm(flat.double() - weights.flat.double())
     if not math.isfinite(update_l2_norm):
         raise RunFailedError(f"round {round}: the strategy gave weights that are not finite")
-    angles = cosines(updates, [update.update_l2_norm for update in completed], weighted_mean(updates, counts))
     cosine_to_mean = {update.client_id: angle for update, angle in zip(completed, angles, strict=True)}
     return _Step(
         Weights(flat, read_only_tensor(completed[0].integers).clone()),
@@ -180,6 +184,13 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
         tuple(client_record(round, result, cosine_to_mean.get(result.client_id)) for result in results),
         num_retries,
     )
+
+
+def _kind(value: Any) -> str:
+    """A tensor's type and shape, what anything else is: for a message."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}" + ("" if value.layout == torch.strided else f" {value.layout}")
 
 
 def client_record(round: int, result: FitResult, cosine_to_mean: float | None = None) -> ClientRecord:

@@ -37,7 +37,8 @@ class Strategy:
     Attributes:
         init: weights [D] -> state before the first round.
         aggregate: (state, weights [D], updates [K, D] = w_k - w, num_examples [K] int64) -> new weights [D] of the
-            same type, new state. Inputs are not modified. `num_examples` is all ones under uniform weighting.
+            same type, new state. Inputs are not modified; the loop gives copies all the same, contiguous and on the
+            CPU, as after a resume. `num_examples` is all ones under uniform weighting.
     """
 
     init: Callable[[Tensor], State]

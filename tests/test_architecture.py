@@ -31,7 +31,7 @@ LAYERS = (
         "metrics",
         "environment",
     ),
-    ("numerics", "weights", "strategies", "models", "training"),
+    ("numerics", "weights", "strategies", "server_state", "models", "training"),
     (
         "stacked.parameter",
         "stacked.products",

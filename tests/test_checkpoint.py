@@ -51,6 +51,41 @@ def test_what_is_loaded_is_what_was_saved_to_the_bit(folder, state):
     assert bits(loaded_state) == bits(state)
 
 
+def test_names_come_back_in_their_order(folder):
+    state = {"z": torch.ones(2), "a": torch.ones(3, dtype=torch.float64), "m": torch.ones(1)}
+    save(folder, 12, state)
+    tensors, loaded_state = checkpoint.load(folder, 12)
+    assert list(tensors) == [*TENSORS, "round"]
+    assert list(loaded_state) == ["z", "a", "m"]
+
+
+def test_a_checkpoint_of_the_first_version_has_no_order_and_can_be_read(folder):
+    save(folder)
+    path = folder / "000012.json"
+    manifest = json.loads(path.read_text())
+    del manifest["names"]
+    path.write_text(json.dumps(manifest | {"fedsim_checkpoint": 1}))
+    tensors, state = checkpoint.load(folder, 12)
+    assert bits(tensors) == bits({**TENSORS, "round": torch.tensor(12)})
+    assert bits(state) == bits(STATE)
+
+
+@pytest.mark.parametrize("names", [None, {}, 3, ["count", 7], ["count", "velocity", "more"], ["count"]], ids=repr)
+def test_a_manifest_with_other_names_is_refused(folder, names):
+    save(folder)
+    path = folder / "000012.json"
+    manifest = json.loads(path.read_text())
+    manifest["names"]["000012.server.safetensors"] = names
+    path.write_text(json.dumps(manifest))
+    refused(folder, "000012.")
+
+
+def test_a_file_that_safetensors_cannot_read_is_named(folder):
+    """Its checksum is right: it was written like that."""
+    save(folder, 12, {"__metadata__": torch.ones(2)})
+    refused(folder, "000012.server.safetensors")
+
+
 def test_the_files_of_a_checkpoint(folder):
     save(folder, 12)
     assert names(folder) == ["000012.json", "000012.safetensors", "000012.server.safetensors"]

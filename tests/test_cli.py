@@ -593,6 +593,18 @@ def test_an_interrupted_resume_says_what_it_has(call, interrupted, monkeypatch):
     assert (answer.code, answer.err) == (130, said)
 
 
+@pytest.mark.parametrize("module", ["fedsim.resumption.prepare", "fedsim.recording.open_pool"])
+def test_a_resume_interrupted_before_it_begins_changes_nothing(call, interrupted, monkeypatch, module):
+    def interrupting(*arguments, **named):
+        raise KeyboardInterrupt
+
+    before = listing(interrupted)
+    monkeypatch.setattr(module, interrupting)
+    answer = call("resume", "mnist")
+    assert (answer.code, answer.err) == (130, "fedsim: interrupted: nothing was changed in results/mnist\n")
+    assert listing(interrupted) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

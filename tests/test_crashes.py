@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import signal
@@ -18,10 +19,11 @@ import pytest
 from helpers import assert_same_results, content, is_gone, wait_until
 
 import fedsim
+from fedsim import checkpoint
 from fedsim.config import Config
 from fedsim.errors import FedsimError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.recording import Recording
-from fedsim.results import load_run
+from fedsim.results import RunWriter, begin, find_whole, load_run, writer
 
 CONFIG = Config().override(
     {
@@ -110,6 +112,46 @@ def test_a_run_killed_at_any_moment_goes_on_with_the_same_bits(tmp_path, whole):
         assert_same_results(resume_quietly(folder), whole)
 
 
+def test_a_run_interrupted_in_any_line_of_its_writer_has_whole_records(tmp_path, monkeypatch, whole):
+    """Here at the last rounds of a run that wrote none of its rows before."""
+    monkeypatch.setattr(writer, "FLUSH_S", 3600)
+    config = CONFIG.override({"checkpoint.every_s": 3600.0})
+    lines, write = [], RunWriter.write
+
+    def interrupting(frame, event, argument):
+        if frame.f_code.co_filename != writer.__file__:
+            return None
+        if event == "line" and frame.f_lineno not in lines[-20:]:  # once where a line goes through a list
+            lines.append(frame.f_lineno)
+            if len(lines) == at:
+                raise KeyboardInterrupt
+        return interrupting
+
+    def traced(self, record, *rest):
+        sys.settrace(interrupting if record.round >= 2 else None)
+        try:
+            write(self, record, *rest)
+        finally:
+            sys.settrace(None)
+
+    monkeypatch.setattr(RunWriter, "write", traced)
+    for at in itertools.count(1):
+        lines.clear()
+        try:
+            fedsim.run(config, results=tmp_path, name=f"{at}")
+        except KeyboardInterrupt:
+            found = find_whole(tmp_path / f"{at}")
+            assert (found.damage, found.last in (1, 2, 3)) == (None, True), f"line {lines[-1]}"
+            saved = checkpoint.rounds(tmp_path / f"{at}" / "checkpoint")
+            assert set(saved) <= {found.last}, f"line {lines[-1]}"
+            assert load_run(tmp_path / f"{at}").status == "interrupted"
+            if at % 8 == 0:
+                assert_same_results(resume_quietly(tmp_path / f"{at}"), whole)
+        else:
+            break
+    assert at > 30
+
+
 def test_a_run_killed_while_it_replaces_another_can_be_overwritten_again(tmp_path, whole):
     shutil.copytree(whole.path, tmp_path / "run" / "mnist")
     (tmp_path / "run" / "mnist" / "notes.txt").write_text("the user's own")
@@ -129,9 +171,10 @@ def test_a_run_killed_while_it_replaces_another_can_be_overwritten_again(tmp_pat
         assert_same_results(fedsim.run(CONFIG, results=folder.parent, name="mnist", overwrite=True), whole)
 
 
-def test_what_a_run_killed_in_its_first_moment_has_left_is_swept(tmp_path, whole):
+def test_what_a_run_killed_in_its_first_moment_has_left_is_swept(tmp_path):
     left = tmp_path / ".mnist.123.new"
-    shutil.copytree(whole.path, left)
+    begin(left, CONFIG, {}).__exit__(None, None, None)
+    (left / "rounds.parquet" / ".part-empty.parquet.123.tmp").touch()
     fedsim.run(CONFIG, results=tmp_path)
     assert left.exists(), "it may be another process's, and a moment old"
     os.utime(left, (0, 0))
@@ -141,6 +184,25 @@ def test_what_a_run_killed_in_its_first_moment_has_left_is_swept(tmp_path, whole
         assert left.exists(), "it is being written"
     fedsim.run(CONFIG, results=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mnist", "mnist-2", "mnist-3"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        (".photos.new", ".lock"),
+        (".mnist.2024b.new", ".lock"),
+        ("..5.new", ".lock"),
+        (".mnist.5.new", "precious.txt"),
+        (".mnist.5.new", "rounds.parquet/part-000000-000003.parquet"),
+        (".mnist.5.new", ".hidden"),
+    ],
+)
+def test_what_need_not_be_fedsims_is_not_swept(tmp_path, folder, file):
+    (tmp_path / folder / file).parent.mkdir(parents=True)
+    (tmp_path / folder / file).touch()
+    os.utime(tmp_path / folder, (0, 0))
+    fedsim.run(CONFIG, results=tmp_path)
+    assert (tmp_path / folder / file).exists()
 
 
 def test_a_resume_killed_at_any_moment_can_be_resumed(tmp_path, whole, longer):

@@ -20,7 +20,7 @@ from fedsim.errors import ClientError, ConfigError, FedsimWarning, InputError, R
 from fedsim.recording import Recording
 from fedsim.results import load_run
 from fedsim.run_folder import is_live, lock
-from fedsim.strategies import Strategy, fedavg
+from fedsim.strategies import Strategy, fedadam, fedavg
 
 CONFIG = Config().override(
     {
@@ -365,6 +365,26 @@ def test_another_model_or_data_set_than_the_runs_own_is_refused(own_run):
     refused(own_run, r"data \(sha256\)", **OWN | {"dataset": tiny(0.5)})
 
 
+def test_another_strategy_than_the_runs_own_is_refused_where_it_is_fedsims(tmp_path, own_run):
+    refused(
+        own_run,
+        r"strategy test_resume\.half_step in the run, fedsim\.strategies\.fedavg here",
+        **OWN | {"strategy": fedavg()},
+    )
+    folder = stop_after(2, CONFIG, tmp_path / "adam", strategy=fedadam())
+    for other in (fedavg(), half_step()):
+        refused(folder, r"strategy fedsim\.strategies\.fedadam in the run, .* here", strategy=other)
+    resumed = fedsim.resume(folder, strategy=fedadam())
+    assert_same_results(resumed, fedsim.run(config_of(strategy__name="fedadam"), results=None))
+
+
+@pytest.mark.parametrize("called", ["fedsim.strategies.Strategy", "where_it_was_before.half_step"])
+def test_an_own_strategy_may_be_called_otherwise(own_run, called):
+    """An earlier fedsim called every one of them Strategy."""
+    edit_info(own_run, own=info(own_run)["own"] | {"strategy": called})
+    assert_same_results(fedsim.resume(own_run, **OWN), fedsim.run(OWN_CONFIG, results=None, **OWN))
+
+
 # --- Damage ----------------------------------------------------------------------------------------------------------
 
 
@@ -480,11 +500,31 @@ def test_a_run_json_without_what_it_must_say_is_named(stopped, key):
     del stated[key]
     (stopped / "run.json").write_text(json.dumps(stated))
     refused(stopped, rf"run\.json is damaged: {key} is None")
+    with pytest.raises(RunFolderError, match=rf"run\.json is damaged: {key} is None"):
+        load_run(stopped)
+
+
+WRONG = [
+    *[(key, value) for key in ("name", "status") for value in (None, 1, [], {})],
+    *[(key, value) for key in ("own", "data", "versions", "placement") for value in (None, 1, "x", [])],
+    *[("resumes", value) for value in (None, 1, "x", {})],
+    ("own", {"strategy": None}),
+    ("data", {"sha256": 1, "input_shape": [2], "num_classes": 2}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_what_a_run_json_says_in_another_way_is_named(stopped, key, value):
+    edit_info(stopped, **{key: value})
+    said = rf"run\.json is damaged: {key} (is|has) "
+    refused(stopped, said)
+    with pytest.raises(RunFolderError, match=said):
+        load_run(stopped)
 
 
 def test_a_run_json_with_half_of_the_data_is_named(stopped):
     edit_info(stopped, data={"sha256": info(stopped)["data"]["sha256"]})
-    refused(stopped, r"run\.json is damaged: data has no input_shape, num_classes")
+    refused(stopped, r"run\.json is damaged: data has input_shape = None, data has num_classes = None")
 
 
 def test_a_renamed_and_moved_run_goes_on_under_its_name(stopped, tmp_path, whole):

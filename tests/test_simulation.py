@@ -535,8 +535,10 @@ def test_a_round_without_a_finite_update_fails_and_keeps_the_rounds_before(tmp_p
         lambda w: w[None],
         lambda w: w.double(),
         lambda w: w.half(),
+        lambda w: w.to_sparse(),
+        lambda w: None,
     ],
-    ids=["nan", "one infinity", "short", "matrix", "float64", "float16"],
+    ids=["nan", "one infinity", "short", "matrix", "float64", "float16", "sparse", "nothing"],
 )
 def test_a_strategy_that_returns_no_weights_fails_the_run(answer):
     def aggregate(state, weights, updates, num_examples):

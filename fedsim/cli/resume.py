@@ -34,6 +34,7 @@ def resume(
     started, recording = time.perf_counter(), None
     values = parsed(changes) | ({} if address is None else {"placement.address": address})
     folder = run_folder.path_of(run, results)
+    before = run_folder.read_info(folder)
     try:
         with run_folder.stopped(folder, values) as stopped, contextlib.ExitStack() as stack:
             may_go_on = stopped.info["status"] != "finished" or "rounds" in values
@@ -57,6 +58,7 @@ def resume(
             recording = Recording(resumption.experiment, resumption, debug=debug, on_plan=on_plan)
             record(recording, quiet=quiet)
     except KeyboardInterrupt:
-        fail(interrupted(recording), 130)
+        is_as_before = run_folder.read_info(folder) == before  # run.json is the first that changes
+        fail(f"interrupted: nothing was changed in {folder}" if is_as_before else interrupted(recording), 130)
     assert recording is not None
     say_outcome(recording, time.perf_counter() - started)

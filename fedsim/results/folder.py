@@ -6,13 +6,14 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedsim import checkpoint
-from fedsim.config import Config
+from fedsim.config import RUN_NAME, Config
 from fedsim.errors import RunExistsError, RunFolderError
 from fedsim.files import publish
 from fedsim.results import parts
@@ -21,6 +22,7 @@ from fedsim.results.writer import RunWriter, now
 from fedsim.run_folder import RUN_VERSION, check_replaceable, is_live, lock, sha256
 
 _OURS = ("rounds.parquet", "clients.parquet", "checkpoint", "report.html", "config.toml", "run.json")
+_MADE_AT_FIRST = {".lock", "config.toml", "run.json", "rounds.parquet", "clients.parquet", parts.EMPTY}
 
 
 def begin(folder: Path, config: Config, info: dict[str, Any], *, overwrite: bool = False) -> RunWriter:
@@ -106,8 +108,15 @@ def _sweep(results: Path) -> None:
     """Removes what processes that were killed just then have left of folders to be."""
     for new in results.glob(".*.new"):
         with contextlib.suppress(OSError):
-            if time.time() - new.stat().st_mtime > 60 and not is_live(new):
+            if time.time() - new.stat().st_mtime > 60 and _is_to_be(new) and not is_live(new):
                 shutil.rmtree(new)
+
+
+def _is_to_be(new: Path) -> bool:
+    """Whether a folder is what `_make` was making: by its name, and by all that lies in it."""
+    is_named = re.fullmatch(rf"\.{RUN_NAME.pattern}\.\d+\.new", new.name)
+    names = [path.name for path in new.rglob("*")]
+    return bool(is_named) and all(name in _MADE_AT_FIRST or re.fullmatch(r"\..+\.tmp", name) for name in names)
 
 
 def go_on(

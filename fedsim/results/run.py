@@ -135,13 +135,9 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
     info, config, edited = read_run(folder)
     if edited:
         warnings.warn(f"{edited}; it need not say what was run", FedsimWarning, stacklevel=2)
-    try:
-        own, data = info["own"], info["data"]
-        shape, num_classes = tuple(data["input_shape"]), data["num_classes"]
-    except (KeyError, TypeError) as error:
-        raise RunFolderError(f"{folder / 'run.json'} is damaged: {type(error).__name__} {error}") from None
-    if model is None and "model" not in own:
+    if model is None and "model" not in info["own"]:
         model = lookup(models.MODELS, config.model.name, "model.name")
+    shape, num_classes = tuple(info["data"]["input_shape"]), info["data"]["num_classes"]
     make = partial(models.build, model, shape, num_classes, config.seed) if model else None
     return Run(folder.name, folder, config, _model=make)
 

@@ -8,7 +8,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -23,7 +22,7 @@ from fedsim.metrics import RoundRecord
 from fedsim.results import parts
 
 FLUSH_S = 1.0
-"""Rows wait at most about this long before they are in a file."""
+"""Rows wait at most about this long before they are in a file, unless a round takes over four times the last one."""
 
 
 class RunWriter:
@@ -41,10 +40,9 @@ class RunWriter:
         self, folder: Path, held: BinaryIO, config: Config, info: dict[str, Any], *, last_round: int | None = None
     ) -> None:
         self.folder, self._lock, self._config, self._info = folder, held, config, info
-        self._rows: dict[str, list[dict[str, Any]]] = {"rounds": [], "clients": []}
-        self._first_round: int | None = None  # of the rows that wait
-        self._last_round = last_round
-        self._save: Callable[[], None] | None = None  # a checkpoint of the last round, where it has none
+        self._waiting: list[RoundRecord] = []  # not in a file yet; an interrupt finds a round here whole, or not
+        self._last_round = last_round  # that is in a file
+        self._unsaved: tuple[RoundRecord, Callable[[], dict[str, Tensor]], dict[str, Tensor]] | None = None
         self._unsynced: list[Path] = []
         self._flushed = self._checkpointed = time.monotonic()
 
@@ -68,51 +66,46 @@ class RunWriter:
         Raises:
             RunFailedError: a file cannot be written.
         """
-        if self._first_round is None:
-            self._first_round = record.round
-        self._last_round = record.round
-        self._rows["clients"] += [client.row(self._info["name"]) for client in record.clients]
-        self._rows["rounds"].append(record.row(self._info["name"]))
         # a round in which no client completed ends the run, which is to go on before it
         is_lost = record.num_sampled > 0 and record.num_completed == 0
-        self._save = None if is_lost else partial(self._checkpoint, record, tensors, state)
+        self._unsaved = None if is_lost else (record, tensors, state)
+        self._waiting.append(record)
         now, settings = time.monotonic(), self._config.checkpoint
         is_due = now - self._checkpointed >= settings.every_s or record.round == self._config.rounds
         with self._failing():
             if record.num_dropped:  # such a run is another one than if nothing had been lost: it says so
                 self.update(num_dropped=self._info["num_dropped"] + record.num_dropped)
-            if is_due or now + record.round_s - self._flushed >= FLUSH_S:  # the next round may take as long as this one
+            # the next round may take several times as long as this one, and nothing is written during it
+            if is_due or now + 4 * record.round_s - self._flushed >= FLUSH_S:
                 self.flush()
             if is_due:
                 self._save_last()
 
     def flush(self) -> None:
         """Publishes the waiting rows as one part each: first the clients, so that a round's row comes last."""
-        if self._first_round is None or self._last_round is None:
+        if not self._waiting:
             return
-        for kind in ("clients", "rounds"):
-            if self._rows[kind]:
-                rows = self._rows[kind]
-                self._unsynced.append(parts.write_rows(self.folder, kind, self._first_round, self._last_round, rows))
-                self._rows[kind] = []
-        self._first_round = None
+        name, first, last = self._info["name"], self._waiting[0].round, self._waiting[-1].round
+        clients = [client.row(name) for record in self._waiting for client in record.clients]
+        rounds = [record.row(name) for record in self._waiting]
+        for kind, rows in (("clients", clients), ("rounds", rounds)):
+            if rows:
+                self._unsynced.append(parts.write_rows(self.folder, kind, first, last, rows))
+        self._waiting, self._last_round = [], last
         self._flushed = time.monotonic()
 
     def _save_last(self) -> None:
-        """Saves a checkpoint of the last round, where it has none and may have one."""
-        if self._save is not None:
-            self._save()
-            self._save = None
-
-    def _checkpoint(
-        self, record: RoundRecord, tensors: Callable[[], dict[str, Tensor]], state: dict[str, Tensor]
-    ) -> None:
+        """Saves a checkpoint of the last round in a file, where it has none and may have one."""
+        if self._unsaved is None or self._unsaved[0].round != self._last_round:
+            return
+        record, tensors, state = self._unsaved
         sync(self._unsynced)  # a checkpoint without the rows before it would be worth nothing
         self._unsynced = []
         folder = self.folder / "checkpoint"
         checkpoint.save(folder, record.round, tensors(), state, record.weights_sha256)
         checkpoint.prune(folder, self._config.checkpoint.keep)
         self._checkpointed = time.monotonic()
+        self._unsaved = None
 
     def __enter__(self) -> Self:
         return self
@@ -126,7 +119,7 @@ class RunWriter:
                 with self._failing():
                     self.flush()
                     self._save_last()
-            except Exception as own_error:
+            except BaseException as own_error:
                 error = error or own_error
                 raise
             finally:
