@@ -488,6 +488,19 @@ def test_ctrl_c_and_sigterm_end_a_run_within_seconds(start):
         assert not list(stopped.path.rglob("*.tmp"))
 
 
+def test_who_presses_ctrl_c_on_and_on_does_not_break_the_end_off(start):
+    process = start(
+        "run", *QUICK, *sets("rounds=999999"), "--name", "often", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert any(line.startswith("round 2/999999") for line in iter(process.stdout.readline, ""))
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err.count("\n")) == (130, 1), err
+    assert info("results/often")["status"] == "interrupted"
+
+
 def test_an_interrupt_that_an_import_swallows_still_ends_the_command():
     code = """
 import signal, sys
