@@ -225,7 +225,9 @@ class Crew:
 
     def _make_more(self, work: Work) -> None:
         while work.later and len(work.made) < self._at_once:
-            work.made.update([self._submit(work.later.popleft())])
+            call = work.later.popleft()
+            if call.method != "load" or call.actor in self.actors:  # else it is gone before it came up
+                work.made.update([self._submit(call)])
 
     def _submit(self, call: Call) -> tuple[ray.ObjectRef, Call]:
         """Makes a call; its answer to come, and the call with the actor it was made on."""
@@ -253,7 +255,7 @@ class Crew:
         is_last = len(self.actors) == 1
         if self._is_private or ((cause != "node" or is_last) and self._room() >= len(self.actors)):
             self.actors.pop(number).end()
-            self.actors[number] = self._new()  # to be loaded; calls to one actor are answered in order: no need to wait
+            self.actors[number] = self._new()  # to be loaded
         else:
             self.discard(number, "the cluster has no room for another one; `fedsim resume` goes on when it has")
 
