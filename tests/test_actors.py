@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -344,6 +347,39 @@ def test_ray_starts_before_torch_is_imported_and_with_no_more_workers_than_actor
         refused = started(wrong)
         assert (refused.returncode, refused.stdout) == (2, ""), wrong
         assert refused.stderr.startswith("fedsim: ")
+
+
+def test_a_ray_that_cannot_start_says_why_and_leaves_nothing(tmp_path):
+    """Here its token has no place: as where there is no home, or one that cannot be written."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-m", "fedsim", "run", "seed", "--set", "data.dataset=synthetic"]
+    answer = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**environment, "HOME": "/proc", "FEDSIM_DATA": str(tmp_path)},
+        check=False,
+    )
+    assert answer.returncode == 2
+    assert re.fullmatch(
+        r"fedsim: Ray cannot be started on this machine: .*/proc/\.ray.*RAY_AUTH_TOKEN_PATH .*\n", answer.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+NO_MOUNTS = "" if sys.platform == "linux" and os.geteuid() == 0 and shutil.which("unshare") else "takes Linux and root"
+
+
+@pytest.mark.skipif(bool(NO_MOUNTS), reason=f"another /dev/shm {NO_MOUNTS}")
+def test_a_small_dev_shm_is_enough(tmp_path):
+    """As in a container that was started without --shm-size: Ray then takes /tmp."""
+    run = shlex.join([sys.executable, "-m", "fedsim", "run", "seed", "--set", "data.dataset=synthetic", "--quiet"])
+    small = ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs -o size=4m tmpfs /dev/shm && {run}"]
+    answer = subprocess.run(small, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert fedsim.load_run(tmp_path / "results/seed").status == "finished"
 
 
 TERMINATED = """

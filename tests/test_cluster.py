@@ -123,6 +123,28 @@ def test_a_node_that_joins_is_used_from_the_next_round(reference, mode, actors):
     assert len(set(pids[3]) - set(pids[1])) >= 1
 
 
+def test_a_node_that_is_killed_in_a_round_costs_only_time(reference):
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = started.add_node(num_cpus=1)
+        config = TINY.override({"placement.address": started.address, "rounds": 5})
+        with Recording.of(config, results=None) as recording:
+            assert recording.plan.num_actors == 2
+            for record in recording:
+                if record.round == 1:  # the next one has begun
+                    started.remove_node(lost, allow_graceful=False)
+                if record.round == 5:
+                    assert connection.free_nodes()[0].num_cpus == 0
+        run = recording.run
+    finally:
+        started.shutdown()
+    assert results_of(run) == results_of(
+        fedsim.run(TINY.override({"placement.mode": "serial", "rounds": 5}), results=None)
+    )
+    pids = run.clients.groupby("round")["pid"].unique()
+    assert (len(pids[1]), len(pids[5])) == (2, 1)
+
+
 def test_a_node_that_joins_with_other_software_is_left_out(reference, monkeypatch):
     def run():
         with ray_cluster(1) as nodes:
