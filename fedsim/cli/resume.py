@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from fedsim.cli.options import (
     AddressOption,
@@ -13,7 +16,6 @@ from fedsim.cli.options import (
     QuietOption,
     ResultsOption,
     RunArgument,
-    SetOption,
     parsed,
 )
 from fedsim.cli.terminal import console, count_rounds, fail, interrupted, record, say_outcome, say_start
@@ -21,7 +23,14 @@ from fedsim.cli.terminal import console, count_rounds, fail, interrupted, record
 
 def resume(
     run: RunArgument,
-    changes: SetOption = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Changes rounds, placement.*, failures.* or checkpoint.*; can be repeated.",
+        ),
+    ] = None,
     results: ResultsOption = Path("results"),
     address: AddressOption = None,
     quiet: QuietOption = False,
