@@ -112,6 +112,7 @@ def test_a_client_that_kills_its_actors_is_left_out_alone_where_this_is_asked_fo
     assert clients.loc[1, "update_sha256"].drop(MARKED).tolist() == undisturbed.tolist()
 
 
+@pytest.mark.slow
 def test_run_json_says_how_often_a_client_was_left_out(shared_ray, data, tmp_path):
     """In the rows that there are: also after a resume that has to do some of them again."""
     config = CONFIG.override({"failures.on_exhausted": "drop", "placement.actors": 1, "checkpoint.every_s": 0})

@@ -104,6 +104,7 @@ def test_a_ray_of_the_callers_own_with_several_nodes_is_used_and_left_running(tw
 # ---------------------------------------------------------------- nodes that come and go; more in test_reliability
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "actors"), [("packed", 2), ("actor-per-client", 6)])
 def test_a_node_that_joins_is_used_from_the_next_round(reference, mode, actors):
     """Also where each actor gets a larger share by it, and where the driver had memory in common with the first."""
@@ -145,6 +146,7 @@ def test_a_node_that_is_killed_in_a_round_costs_only_time(reference):
     assert (len(pids[1]), len(pids[5])) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_with_other_software_is_left_out(reference, monkeypatch):
     def run():
         with ray_cluster(1) as nodes:

@@ -36,12 +36,6 @@ def test_actors_that_die_or_hang_at_drawn_points_change_nothing(tmp_path):
     assert compared(run, reference_of(config)) == EQUAL
 
 
-def test_a_damaged_folder_is_gone_on_with_or_refused_by_name(tmp_path):
-    outcomes = reliability.FAULTS["folders"](SEED, tmp_path)
-    assert [outcome for outcome in outcomes if not outcome.is_survived] == []
-    assert {outcome.outcome == EQUAL for outcome in outcomes} == {True, False}
-
-
 def test_what_differs_is_told():
     """Else every fault would be survived."""
     run = reference_of(drivers.SMALL.override({"rounds": 2}))
