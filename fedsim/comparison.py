@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.errors import RunFolderError
+from fedsim.errors import RunFolderError, first_line
 from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRecord, RoundRecord
 from fedsim.results import Run
 
@@ -50,8 +50,7 @@ class Recorded:
             self.rounds: dict[int, dict[str, Any]] = {row["round"]: _named(row) for row in rounds.to_dict("records")}
             self._clients["round"]
         except (OSError, ValueError, KeyError) as error:  # Arrow's errors are ValueErrors
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise RunFolderError(f"the records of {run.path} cannot be read: {reason}") from None
+            raise RunFolderError(f"the records of {run.path} cannot be read: {first_line(error)}") from None
 
     @property
     def last(self) -> int:

@@ -65,3 +65,8 @@ class ClientError(RunFailedError):
     def __str__(self) -> str:
         who = f"client {self.client_id}" if self.client_id >= 0 else "the evaluation"
         return f"{who} failed in round {self.round}:\n{self.client_traceback.rstrip()}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type where it says nothing: others' errors go on for pages."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

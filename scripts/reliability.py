@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.elsewhere import table
 from faults import actors, clusters, costs, drivers, folders
 from faults.outcome import EQUAL, Outcome
 from fedsim import environment
@@ -47,6 +48,7 @@ FAULTS: dict[str, Fault] = {
 }
 COSTS: dict[str, Callable[[Path], pd.DataFrame]] = {
     "durable": costs.durable,
+    "written": costs.written,
     "lost_actor": costs.lost_actor,
     "two_nodes": costs.two_nodes,
 }
@@ -99,28 +101,28 @@ def _page(folder: Path) -> str:
 
 
 def _faults(faults: pd.DataFrame) -> list[str]:
-    lines = [
+    rows = []
+    for name, found in faults.groupby("name", sort=False):
+        equal, survived = (found["outcome"] == EQUAL).sum(), found["is_survived"].sum()
+        counts = len(found), equal, survived - equal, len(found) - survived
+        rows.append((f"{_what(FAULTS[str(name)])} (`{name}`)", *map(str, counts), found["date"].iloc[0]))
+    return [
         f"**{faults['is_survived'].sum():,} of {len(faults):,} injected faults survived**: the result columns and "
         "final weights are those of the undisturbed run, to the bit, or a refusal names what is wrong. Each has a row "
         "in `faults.parquet`, with its point and outcome.",
         "",
-        "| fault | injected | equal bits | refused | not survived | date |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        *table(("fault", "injected", "equal bits", "refused", "not survived", "date"), rows),
+        *_where(faults),
     ]
-    for name, rows in faults.groupby("name", sort=False):
-        equal, survived = (rows["outcome"] == EQUAL).sum(), rows["is_survived"].sum()
-        counts = f"{len(rows)} | {equal} | {survived - equal} | {len(rows) - survived}"
-        lines.append(f"| {_what(FAULTS[str(name)])} (`{name}`) | {counts} | {rows['date'].iloc[0]} |")
-    return [*lines, *_where(faults)]
 
 
-def _costs(found: pd.DataFrame) -> list[str]:
-    lines = ["## What it costs", "", "| measured | median | turns | date |", "| --- | ---: | --- | --- |"]
-    for name, rows in found.groupby("name", sort=False):
-        turns = ", ".join(f"{ratio:.3f}" for ratio in rows["ratio"])
-        cells = _what(COSTS[str(name)]), f"{rows['ratio'].median():.3f}", turns, rows["date"].iloc[0]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, *_where(found)]
+def _costs(measured: pd.DataFrame) -> list[str]:
+    rows = []
+    for name, found in measured.groupby("name", sort=False):
+        turns = ", ".join(f"{ratio:.3f}" for ratio in found["ratio"])
+        what = f"{_what(COSTS[str(name)])} (`{name}`)"
+        rows.append((what, f"{found['ratio'].median():.3f}", turns, found["date"].iloc[0]))
+    return ["## What it costs", "", *table(("measured", "median", "turns", "date"), rows), *_where(measured)]
 
 
 def _what(function: Callable[..., object]) -> str:

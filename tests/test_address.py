@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +36,39 @@ def test_the_address_is_the_keys_then_rays_variable_then_local(monkeypatch):
         list(fedsim.rounds(TINY.override({"placement.mode": "packed"})))
     with pytest.raises(PlanError, match="no Ray answers at 'elsewhere'"):
         list(fedsim.rounds(TINY.override({"placement.mode": "packed", "placement.address": "elsewhere"})))
+
+
+def test_what_a_dead_ray_left_is_told_by_auto_and_else_ignored(tmp_path):
+    """The file that names the machine's cluster outlives it."""
+    rays = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets in it have names of at most 107 bytes
+    (rays / "ray").mkdir()
+    (rays / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+    def run(*options):
+        command = [
+            sys.executable,
+            "-m",
+            "fedsim",
+            "run",
+            "seed",
+            "--set",
+            "data.dataset=synthetic",
+            "--quiet",
+            *options,
+        ]
+        environment["RAY_TMPDIR"] = str(rays)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment, check=False
+        )
+
+    refused = run("--address", "auto")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("fedsim: no Ray answers at 'auto' ([Errno 111] Connection refused); start one")
+    assert not (tmp_path / "results").exists()
+    assert run().returncode == 0
+    assert fedsim.load_run(tmp_path / "results" / "seed").status == "finished"
+    shutil.rmtree(rays)
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265"])

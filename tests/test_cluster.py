@@ -32,17 +32,17 @@ from fedsim.recording import Recording
 pytestmark = pytest.mark.ray
 in_namespaces = pytest.mark.skipif(bool(NO_NAMESPACES), reason=f"a network namespace for each node {NO_NAMESPACES}")
 
-TINY = fedsim.Config().override(
-    {
-        "data.dataset": "synthetic",
-        "data.partition.name": "quantity",
-        "clients.count": 6,
-        "clients.per_round": 4,
-        "rounds": 3,
-        "training.local_epochs": 1,
-        "placement.mode": "packed",
-    }
-)
+CHANGES = {
+    "data.dataset": "synthetic",
+    "data.partition.name": "quantity",
+    "clients.count": 6,
+    "clients.per_round": 4,
+    "rounds": 3,
+    "training.local_epochs": 1,
+    "placement.mode": "packed",
+}
+TINY = fedsim.Config().override(CHANGES)
+SETTINGS = [f"--set={key}={value}" for key, value in CHANGES.items()]
 
 
 @pytest.fixture(scope="module")
@@ -251,17 +251,6 @@ def run_cli(*arguments, folder, **environment):
         env=os.environ | {"PYTHONPATH": source} | environment,
         timeout=120,
     )
-
-
-SETTINGS = [f"--set={key}={value}" for key, value in {
-    "data.dataset": "synthetic",
-    "data.partition.name": "quantity",
-    "clients.count": 6,
-    "clients.per_round": 4,
-    "rounds": 3,
-    "training.local_epochs": 1,
-    "placement.mode": "packed",
-}.items()]  # fmt: skip
 
 
 @in_namespaces

@@ -16,30 +16,15 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from helpers import assert_same_results, content, is_gone, wait_until
+from helpers import SERIAL, assert_same_results, content, is_gone, wait_until
 
 import fedsim
 from fedsim import checkpoint
-from fedsim.config import Config
 from fedsim.errors import FedsimError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.recording import Recording
 from fedsim.results import RunWriter, begin, find_whole, load_run, writer
 
-CONFIG = Config().override(
-    {
-        "data.dataset": "synthetic",
-        "placement.mode": "serial",
-        "model.name": "logistic",
-        "strategy.name": "fedadam",
-        "training.local_epochs": 1,
-        "training.batch_size": 100,
-        "clients.count": 4,
-        "clients.per_round": 3,
-        "rounds": 3,
-        "evaluation.every": 2,
-        "checkpoint.every_s": 0.0,
-    }
-)
+CONFIG = SERIAL.override({"strategy.name": "fedadam", "evaluation.every": 2, "checkpoint.every_s": 0.0})
 LONGER = {"rounds": 5}
 
 

@@ -36,6 +36,12 @@ def test_actors_that_die_or_hang_at_drawn_points_change_nothing(tmp_path):
     assert compared(run, reference_of(config)) == EQUAL
 
 
+@pytest.mark.parametrize("path", sorted(reliability.PUBLISHED.iterdir()), ids=lambda path: path.name)
+def test_what_is_published_has_no_paths_of_a_machine(path):
+    text = pd.read_parquet(path).to_csv() if path.suffix == ".parquet" else path.read_text()
+    assert not any(folder in text for folder in ("/tmp/", "/home/", "/root/"))
+
+
 def test_what_differs_is_told():
     """Else every fault would be survived."""
     run = reference_of(drivers.SMALL.override({"rounds": 2}))

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers import SERIAL
 from torch import nn
 
 import fedsim
@@ -30,18 +31,6 @@ from fedsim.run_folder import is_live, target
 from fedsim.strategies import Strategy, fedavg
 from fedsim.weights import Layout
 
-CONFIG = Config().override(
-    {
-        "data.dataset": "synthetic",
-        "placement.mode": "serial",
-        "model.name": "logistic",
-        "training.local_epochs": 1,
-        "training.batch_size": 100,
-        "clients.count": 4,
-        "clients.per_round": 3,
-        "rounds": 3,
-    }
-)
 SCHEMAS = {"rounds": ROUND_SCHEMA, "clients": CLIENT_SCHEMA}
 COLUMNS = {"rounds": [c.name for c in ROUND_COLUMNS], "clients": [c.name for c in CLIENT_COLUMNS]}
 
@@ -53,7 +42,7 @@ def every_round(monkeypatch):
 
 
 def run(results, changes=(), **more):
-    return fedsim.run(CONFIG.override(dict(changes)), results=results, **more)
+    return fedsim.run(SERIAL.override(dict(changes)), results=results, **more)
 
 
 def read(folder, kind="rounds"):
@@ -170,7 +159,7 @@ def test_a_results_folder_that_is_a_file_is_refused(tmp_path):
 
 
 def test_a_name_that_is_taken_meanwhile_is_not_taken_twice(tmp_path):
-    one, other = (Recording.of(CONFIG, results=tmp_path) for _ in range(2))
+    one, other = (Recording.of(SERIAL, results=tmp_path) for _ in range(2))
     with one, other:
         assert (one.folder.name, other.folder.name) == (one.name, other.name) == ("mnist", "mnist-2")
         for recording in (other, one):
@@ -180,7 +169,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_taken_twice(tmp_path):
 
 
 def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path):
-    recording = Recording.of(CONFIG, results=tmp_path, name="a")
+    recording = Recording.of(SERIAL, results=tmp_path, name="a")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "mine.txt").write_text("mine")
     with pytest.raises(RunFolderError), recording:
@@ -234,7 +223,7 @@ def test_what_is_no_run_is_not_overwritten(tmp_path, what):
 
 
 def test_a_run_that_is_being_written_is_not_overwritten(tmp_path):
-    with Recording.of(CONFIG, results=tmp_path, name="a") as recording:
+    with Recording.of(SERIAL, results=tmp_path, name="a") as recording:
         iterator = iter(recording)
         next(iterator)
         with pytest.raises(RunFolderError, match="being written"):
@@ -334,7 +323,7 @@ def test_there_is_one_row_a_sampled_client_a_round(tmp_path):
     assert (rounds["run"] == "mnist").all()
     assert not clients.duplicated(["round", "client_id"]).any()
     assert clients.groupby("round").size().to_dict() == {1: 3, 2: 3, 3: 3}
-    cohorts = {record.round: [client.client_id for client in record.clients] for record in fedsim.rounds(CONFIG)}
+    cohorts = {record.round: [client.client_id for client in record.clients] for record in fedsim.rounds(SERIAL)}
     assert all(rows["client_id"].tolist() == cohorts[r] for r, rows in clients.groupby("round"))
 
 
@@ -349,9 +338,9 @@ def test_each_part_has_the_schema_with_its_units_and_marks(tmp_path, every_round
 
 
 def test_frames_are_the_same_from_disk_and_from_memory(tmp_path, every_round):
-    with Recording.of(CONFIG.override({"evaluation.every": 2}), results=tmp_path) as recording:
+    with Recording.of(SERIAL.override({"evaluation.every": 2}), results=tmp_path) as recording:
         records = tuple(recording)
-    on_disk, in_memory = load_run(tmp_path / "mnist"), Run("mnist", None, CONFIG, _records=records)
+    on_disk, in_memory = load_run(tmp_path / "mnist"), Run("mnist", None, SERIAL, _records=records)
     for kind in ("rounds", "clients"):
         pd.testing.assert_frame_equal(getattr(on_disk, kind), getattr(in_memory, kind), check_exact=True)
         pd.testing.assert_frame_equal(read(tmp_path / "mnist", kind), getattr(in_memory, kind), check_exact=True)
@@ -370,7 +359,7 @@ def test_nothing_is_written_without_a_results_folder(tmp_path, monkeypatch):
 
 
 def test_the_rounds_can_be_read_after_each_of_them(tmp_path, every_round):
-    with Recording.of(CONFIG, results=tmp_path) as recording:
+    with Recording.of(SERIAL, results=tmp_path) as recording:
         folder = recording.folder
         for kind, schema in SCHEMAS.items():
             empty = read(folder, kind)
@@ -394,7 +383,7 @@ def test_the_rounds_can_be_read_at_any_moment(tmp_path, every_round, monkeypatch
         rounds, clients = read(folder), read(folder, "clients")
         assert set(rounds["round"]) - {0} <= set(clients["round"])  # a round that shows has all its clients
         assert clients.groupby("round").size().isin([3]).all()
-        assert load_run(folder).config == CONFIG.override({"checkpoint.every_s": 0, "data.partition.name": "iid"})
+        assert load_run(folder).config == SERIAL.override({"checkpoint.every_s": 0, "data.partition.name": "iid"})
         assert load_run(folder).status == "running" or len(rounds) == 4
         saved = checkpoint.rounds(folder / "checkpoint")
         if saved:
@@ -426,7 +415,7 @@ def test_the_rounds_can_be_read_at_any_moment(tmp_path, every_round, monkeypatch
 def test_no_row_waits_for_more_than_a_second(tmp_path, monkeypatch, round_s, num_waiting):
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("fedsim.results.writer.time", SimpleNamespace(monotonic=lambda: clock.now))
-    config = CONFIG.override({"rounds": 100, "checkpoint.every_s": 10_000})
+    config = SERIAL.override({"rounds": 100, "checkpoint.every_s": 10_000})
     with begin(tmp_path / "a", config, {}) as writer:
         times, most_waiting = [], 0
         for r in range(24):
@@ -468,7 +457,7 @@ def dying(path, data):
 Path.write_bytes = dying
 fedsim.run(fedsim.Config.from_toml(Path("config.toml")), results="results")
 """
-    (tmp_path / "config.toml").write_text(CONFIG.override({"checkpoint.every_s": 0}).to_toml())
+    (tmp_path / "config.toml").write_text(SERIAL.override({"checkpoint.every_s": 0}).to_toml())
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL
     folder = tmp_path / "results" / "mnist"
@@ -516,7 +505,7 @@ def test_the_error_of_a_client_is_in_run_json(tmp_path):
 
 def test_a_run_that_is_interrupted_says_so_and_keeps_its_rounds(tmp_path):
     def interrupt_after_round_1():
-        with Recording.of(CONFIG, results=tmp_path) as recording:
+        with Recording.of(SERIAL, results=tmp_path) as recording:
             for record in recording:
                 if record.round == 1:
                     raise KeyboardInterrupt
@@ -533,7 +522,7 @@ def test_a_run_that_is_interrupted_says_so_and_keeps_its_rounds(tmp_path):
 
 def test_a_recording_in_a_generator_that_is_closed_is_interrupted(tmp_path):
     def records():
-        with Recording.of(CONFIG, results=tmp_path) as recording:
+        with Recording.of(SERIAL, results=tmp_path) as recording:
             yield from recording
 
     iterator = records()
@@ -545,7 +534,7 @@ def test_a_recording_in_a_generator_that_is_closed_is_interrupted(tmp_path):
 
 
 def test_a_recording_that_is_left_by_break_is_not_finished(tmp_path):
-    with Recording.of(CONFIG, results=tmp_path) as recording:
+    with Recording.of(SERIAL, results=tmp_path) as recording:
         for _ in recording:
             break
     assert info(tmp_path / "mnist")["status"] == "interrupted"
@@ -553,7 +542,7 @@ def test_a_recording_that_is_left_by_break_is_not_finished(tmp_path):
 
 def test_a_run_cannot_be_taken_from_a_recording_that_has_not_begun():
     with pytest.raises(InputError, match="not started"):
-        Recording.of(CONFIG, results=None).run  # noqa: B018 - the property raises
+        Recording.of(SERIAL, results=None).run  # noqa: B018 - the property raises
 
 
 def fails_from_round_2(monkeypatch, where, num_times):
@@ -640,7 +629,7 @@ def test_a_run_is_running_while_somebody_holds_its_lock(tmp_path):
 
 
 def test_a_writer_holds_the_lock_until_it_ends(tmp_path):
-    with Recording.of(CONFIG, results=tmp_path) as recording:
+    with Recording.of(SERIAL, results=tmp_path) as recording:
         assert is_live(recording.folder)
         assert is_live(recording.folder)  # looking takes nothing away
         assert not is_lockable_by_another_process(recording.folder)
@@ -677,7 +666,7 @@ def test_a_checkpoint_is_due_after_so_many_seconds(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("fedsim.results.writer.time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr("fedsim.results.writer.FLUSH_S", 1_000_000)
-    config = CONFIG.override({"rounds": 9, "checkpoint.every_s": 10, "checkpoint.keep": "all"})
+    config = SERIAL.override({"rounds": 9, "checkpoint.every_s": 10, "checkpoint.keep": "all"})
     saved = []
 
     def tensors():
@@ -695,14 +684,14 @@ def test_a_checkpoint_is_due_after_so_many_seconds(tmp_path, monkeypatch):
 
 
 def test_the_weights_of_a_run_that_goes_on_are_those_of_the_newest_checkpoint(tmp_path, every_round):
-    with Recording.of(CONFIG.override({"checkpoint.every_s": 0}), results=tmp_path) as recording:
+    with Recording.of(SERIAL.override({"checkpoint.every_s": 0}), results=tmp_path) as recording:
         for record in recording:
             model = load_run(recording.folder).model()
             assert Layout.of(model).flatten(model).sha256() == record.weights_sha256
 
 
 def test_a_run_without_a_checkpoint_has_no_weights_yet(tmp_path):
-    with Recording.of(CONFIG, results=tmp_path) as recording:
+    with Recording.of(SERIAL, results=tmp_path) as recording:
         with pytest.raises(RunFolderError, match="no checkpoint yet"):
             load_run(recording.folder).weights()
         list(recording)
@@ -880,7 +869,7 @@ def test_many_runs_are_one_frame(tmp_path, monkeypatch):
 
 def test_runs_that_have_only_begun_are_among_many(tmp_path):
     run(tmp_path, name="done")
-    with Recording.of(CONFIG, results=tmp_path, name="begun") as recording:
+    with Recording.of(SERIAL, results=tmp_path, name="begun") as recording:
         runs = load_runs(f"{tmp_path}/*")
         assert [(found.name, found.status) for found in runs] == [("begun", "running"), ("done", "finished")]
         pd.testing.assert_frame_equal(runs.rounds, load_run(tmp_path / "done").rounds)
@@ -905,10 +894,10 @@ def test_the_runs_of_a_folder_are_found_by_name(tmp_path):
 
 
 def test_a_name_taken_in_the_last_moment_gives_the_next_one_or_is_refused_if_asked_for(tmp_path):
-    unnamed, named = Recording.of(CONFIG, results=tmp_path), Recording.of(CONFIG, results=tmp_path, name="mnist")
+    unnamed, named = Recording.of(SERIAL, results=tmp_path), Recording.of(SERIAL, results=tmp_path, name="mnist")
     answers = [tmp_path / "mnist", tmp_path / "mnist-2"]  # the first is free when asked for, and taken when made
-    unnamed._target = lambda: answers.pop(0)
-    named._target = lambda: tmp_path / "mnist"
+    unnamed._home.make = lambda: answers.pop(0)
+    named._home.make = lambda: tmp_path / "mnist"
     (tmp_path / "mnist").mkdir()
     with unnamed:
         assert unnamed.name == "mnist-2"

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same_results, content, results_of
+from helpers import SERIAL, assert_same_results, content, results_of
 from torch import nn
 
 import fedsim
@@ -22,20 +22,7 @@ from fedsim.results import load_run
 from fedsim.run_folder import is_live, lock
 from fedsim.strategies import Strategy, fedadam, fedavg
 
-CONFIG = Config().override(
-    {
-        "data.dataset": "synthetic",
-        "placement.mode": "serial",
-        "model.name": "logistic",
-        "training.local_epochs": 1,
-        "training.batch_size": 100,
-        "clients.count": 4,
-        "clients.per_round": 3,
-        "rounds": 4,
-        "evaluation.every": 3,
-        "checkpoint.every_s": 3600.0,
-    }
-)
+CONFIG = SERIAL.override({"rounds": 4, "evaluation.every": 3, "checkpoint.every_s": 3600.0})
 
 
 def config_of(**changes):

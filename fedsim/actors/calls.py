@@ -26,7 +26,6 @@ class Call:
     losses: Losses = field(default_factory=Losses)
     handle: Handle | None = None
     """The actor that it was made on: another one may have taken its number since."""
-    made_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Work:
     """Calls that belong together."""
 
     made: dict[Any, Call] = field(default_factory=dict)
-    """By their answers to come, in the order in which they were made."""
+    """By their answers to come: one of each actor, so that it is clear which one a death has cut off."""
     later: deque[Call] = field(default_factory=deque)
     """Not made yet: as many wait as there is nobody to work on."""
     held: list[Call] = field(default_factory=list)

@@ -17,7 +17,7 @@ from ray.exceptions import AuthenticationError, RayError
 
 from fedsim.actors.handshake import handshake
 from fedsim.actors.private import replaced, signals_held
-from fedsim.errors import PlanError
+from fedsim.errors import PlanError, first_line
 
 _PACKAGE = str(Path(__file__).parents[1])
 
@@ -124,8 +124,7 @@ def _explained(address: str, error: Exception) -> str:
             f"this machine is no node of the cluster at {address!r}: run fedsim on one that is, "
             f"let this one join (`ray start --address={address}`), or use `ray job submit`"
         )
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return (
-        f"no Ray answers at {address!r} ({reason}); start one with `ray start --head`, "
+        f"no Ray answers at {address!r} ({first_line(error)}); start one with `ray start --head`, "
         "or leave placement.address at local"
     )

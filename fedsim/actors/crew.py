@@ -20,7 +20,7 @@ from fedsim.actors import private
 from fedsim.actors.calls import Answer, Call, Work
 from fedsim.actors.connection import free_nodes, holds
 from fedsim.actors.host import Handle, Loaded
-from fedsim.actors.losses import LOST, cause_of, exhausted, first_line, own_error
+from fedsim.actors.losses import LOST, cause_of, exhausted, own_error, said
 from fedsim.config import FailuresConfig
 from fedsim.errors import FedsimWarning, RunFailedError
 from fedsim.failures import Cause, decide
@@ -140,7 +140,7 @@ class Crew:
         except RayTaskError as error:  # the code in the actor raised: a bug, never retried
             raise own_error(error) from None
         except RayError as error:  # the actor, its worker or its node died, or what it answered was lost
-            return self._lost(work, call, cause_of(error), first_line(error))
+            return self._lost(work, call, cause_of(error), said(error))
         return [Answer(piece, value, call) for piece, value in zip(call.pieces, values, strict=True)]
 
     def _welcome(self, number: int, loaded: Loaded) -> None:
@@ -164,7 +164,6 @@ class Crew:
         if call.handle is not self.actors.get(call.actor):  # it waited behind the call that noticed the death
             self._make_again(work, call, is_alone=False)
             return []
-        call, waiting = self._at_work(work, call)
         call = replace(call, losses=call.losses.after(cause))
         on_exhausted: Literal["stop", "drop"] = self._failures.on_exhausted if call.method == "fit" else "stop"
         decision = decide(cause, call.losses, self._failures.max_retries, on_exhausted)
@@ -180,21 +179,7 @@ class Crew:
             dropped = [Answer(piece, None, call, f"{LOST[cause]}: {reason}") for piece in call.pieces]
         else:  # at the last try alone: whose fault it is shows then
             self._make_again(work, call, is_alone=call.losses.of(cause) >= self._failures.max_retries)
-        for other in waiting:
-            self._make_again(work, other, is_alone=False)
         return dropped
-
-    def _at_work(self, work: Work, call: Call) -> tuple[Call, list[Call]]:
-        """The call that a dead actor was at: the first that it has not answered. And this one, if it is another."""
-        for answer, other in list(work.made.items()):
-            if other.handle is call.handle and other.made_at < call.made_at:
-                try:
-                    ray.get(answer, timeout=0)
-                except RayTaskError:
-                    continue  # it was answered, with a bug
-                except RayError:
-                    return work.made.pop(answer), [call]
-        return call, []
 
     def _make_again(self, work: Work, call: Call, *, is_alone: bool) -> None:
         """Has a call made again: by the actor's successor, or dealt out to those that are left."""
@@ -226,17 +211,18 @@ class Crew:
     def _make_more(self, work: Work) -> None:
         while work.later and len(work.made) < self._at_once:
             call = work.later.popleft()
-            if call.method != "load" or call.actor in self.actors:  # else it is gone before it came up
+            handle = self.actors.get(call.actor)
+            if handle and (handle.loaded or call.method == "load"):
                 work.made.update([self._submit(call)])
+            else:  # lost since the work was dealt out
+                self._make_again(work, call, is_alone=False)
 
     def _submit(self, call: Call) -> tuple[ray.ObjectRef, Call]:
         """Makes a call; its answer to come, and the call with the actor it was made on."""
-        if call.actor not in self.actors:  # gone since the work was dealt out
-            call = replace(call, actor=list(self.actors)[call.actor % len(self.actors)])
         handle = self.actors[call.actor]
         is_load = call.method == "load"
         answer = handle.load(*self._load) if is_load else handle.call(call.method, *call.shared, call.pieces)
-        return answer, replace(call, handle=handle, made_at=time.monotonic())
+        return answer, replace(call, handle=handle)
 
     def _new(self) -> Handle:
         options = {"num_cpus": self._plan.num_cpus, "num_gpus": self._plan.num_gpus, "max_restarts": 0}
@@ -273,13 +259,11 @@ class Crew:
         if failure:
             raise RunFailedError(failure)
         waited_s = min(now - before, 2 * self._look_s)  # no more: whoever uses the pool may have looked away
-        busy: set[Handle] = set()
         for answer, call in list(work.made.items()):
             handle, timeout_s = call.handle, self._failures.timeout_s * max(1, len(call.pieces))
             assert handle is not None
-            if handle in busy or handle is not self.actors.get(call.actor):
-                continue  # it waits behind another call, or its loss is known
-            busy.add(handle)
+            if handle is not self.actors.get(call.actor):
+                continue  # its loss is known
             handle.at, handle.at_s = answer, handle.at_s + waited_s if handle.at == answer else 0.0
             if ray.wait([answer], timeout=0)[0]:
                 continue

@@ -11,7 +11,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fedsim.errors import PlanError
+from fedsim.errors import PlanError, first_line
 
 _EQUAL = ("ray", "torch", "numpy")
 _NEEDED = ("pydantic", "platformdirs", "tomli-w")
@@ -93,9 +93,8 @@ def _ask(nodes: Sequence[dict[str, Any]]) -> list[Software]:
         try:
             found.append(Software(*ray.get(answer, timeout=max(0.0, end - time.monotonic()))))
         except RayError as error:  # GetTimeoutError is one
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise PlanError(
-                f"node {node_name(node)} does not say what is installed there ({reason}); is it well? "
+                f"node {node_name(node)} does not say what is installed there ({first_line(error)}); is it well? "
                 "see `ray status`, or leave it out of the cluster"
             ) from None
     return found

@@ -8,7 +8,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 
 from fedsim.actors.calls import Call
 from fedsim.actors.connection import live_node_ids, logs
-from fedsim.errors import FedsimError, RunFailedError
+from fedsim.errors import FedsimError, RunFailedError, first_line
 from fedsim.failures import Cause
 
 _ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
@@ -41,9 +41,9 @@ def own_error(error: RayTaskError) -> FedsimError:
     return RunFailedError(f"an actor failed:\n{_ANSI_COLOR.sub('', str(error))}")
 
 
-def first_line(error: RayError) -> str:
-    """What Ray says first; pages may follow."""
-    return _ANSI_COLOR.sub("", str(error)).strip().splitlines()[0]
+def said(error: RayError) -> str:
+    """What Ray says first, without its colours."""
+    return _ANSI_COLOR.sub("", first_line(error))
 
 
 def exhausted(call: Call, cause: Cause, reason: str) -> str:

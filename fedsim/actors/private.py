@@ -20,7 +20,7 @@ from ray._private import node as ray_node
 from ray._private import parameter, ray_constants, services, utils
 from ray._private import worker as ray_worker
 
-from fedsim.errors import PlanError
+from fedsim.errors import PlanError, first_line
 from fedsim.forkserver import LAUNCHER, ForkServer, is_supported
 from fedsim.placement import Plan
 
@@ -134,10 +134,10 @@ def _init(plan: Plan, store_bytes: int, debug: bool) -> None:
             logging_level="ERROR",
         )
     except Exception as error:  # whatever it is, Ray does not run, and nothing was done yet
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PlanError(
-            f"Ray cannot be started on this machine: {reason}. It needs room in /tmp/ray (RAY_TMPDIR names another "
-            "folder) and a file in ~/.ray (RAY_AUTH_TOKEN_PATH names another); placement.mode=serial does without Ray"
+            f"Ray cannot be started on this machine: {first_line(error)}. It needs room in /tmp/ray (RAY_TMPDIR names "
+            "another folder) and a file in ~/.ray (RAY_AUTH_TOKEN_PATH names another); "
+            "placement.mode=serial does without Ray"
         ) from error
 
 

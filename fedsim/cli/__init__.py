@@ -40,7 +40,7 @@ from fedsim.cli.terminal import (
     say_outcome,
     say_start,
 )
-from fedsim.errors import FedsimError, FedsimWarning
+from fedsim.errors import FedsimError, FedsimWarning, first_line
 from fedsim.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def runs(results: ResultsOption = Path("results")) -> None:
             found = load_run(folder)
             rounds, info = found.rounds, found.info
         except (FedsimError, OSError, ValueError) as error:  # one damaged run must not hide the others
-            table.add_row(folder.name, f"unreadable: {str(error).splitlines()[0]}")
+            table.add_row(folder.name, f"unreadable: {first_line(error)}")
             continue
         accuracy = rounds["test_accuracy"].dropna()
         table.add_row(

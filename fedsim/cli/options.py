@@ -15,9 +15,14 @@ from fedsim.presets import PRESETS, experiment
 ExperimentArgument = Annotated[
     str, typer.Argument(metavar="EXPERIMENT", help=f"A preset ({', '.join(PRESETS)}) or a TOML file.")
 ]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Changes a key; can be repeated.")
-]
+
+
+def set_option(what: str, metavar: str = "KEY=VALUE") -> Any:
+    """The option --set, of a command that can change this."""
+    return typer.Option("--set", metavar=metavar, help=f"{what}; can be repeated.")
+
+
+SetOption = Annotated[list[str] | None, set_option("Changes a key")]
 AddressOption = Annotated[str | None, typer.Option(help="Where Ray is: local (a private one), auto, or HOST:PORT.")]
 ResultsOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds the runs' folders.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Prints no progress, only the outcome.")]

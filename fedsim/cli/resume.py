@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from fedsim.cli.options import (
     AddressOption,
     AnywayOption,
@@ -17,20 +15,14 @@ from fedsim.cli.options import (
     ResultsOption,
     RunArgument,
     parsed,
+    set_option,
 )
 from fedsim.cli.terminal import console, count_rounds, fail, interrupted, record, say_outcome, say_start
 
 
 def resume(
     run: RunArgument,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Changes rounds, placement.*, failures.* or checkpoint.*; can be repeated.",
-        ),
-    ] = None,
+    changes: Annotated[list[str] | None, set_option("Changes rounds, placement.*, failures.* or checkpoint.*")] = None,
     results: ResultsOption = Path("results"),
     address: AddressOption = None,
     quiet: QuietOption = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedsim.cli.options import AnywayOption, DebugOption, ResultsOption, RunArgument, parsed
+from fedsim.cli.options import AnywayOption, DebugOption, ResultsOption, RunArgument, parsed, set_option
 from fedsim.cli.terminal import console
 from fedsim.errors import ConfigError
 from fedsim.run_folder import path_of
@@ -24,11 +24,7 @@ def verify(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="placement.KEY=VALUE",
-            help="Where to compute; can be repeated. Without it: serial, or two actors if the run was that.",
-        ),
+        set_option("Where to compute (without it serial, or on two actors if the run was that)", "placement.KEY=VALUE"),
     ] = None,
     results: ResultsOption = Path("results"),
     anyway: AnywayOption = False,

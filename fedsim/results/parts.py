@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedsim.errors import RunFolderError
+from fedsim.errors import RunFolderError, first_line
 from fedsim.files import publish
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, table
 
@@ -138,8 +138,7 @@ def _read(folder: Path, kind: str, name: str) -> pa.Table:
     except FileNotFoundError:
         raise RunFolderError(f"{path} is missing") from None
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise RunFolderError(f"{path} is damaged: {reason}") from None
+        raise RunFolderError(f"{path} is damaged: {first_line(error)}") from None
     if not rows.schema.equals(SCHEMAS[kind]):
         raise RunFolderError(f"{path} is damaged: its columns are not those of a run's {kind}")
     return rows

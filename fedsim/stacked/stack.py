@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from fedsim.errors import first_line
 from fedsim.stacked.layers import LAYERS, Conv2d, Layer, Linear
 from fedsim.stacked.parameter import Parameter
 from fedsim.stacked.products import aligned_like
@@ -116,7 +117,7 @@ def _trial(module: nn.Sequential, input_shape: tuple[int, ...], num_classes: int
             layers = Stack(module, layout, Sgd(lr=0.1), weights[None]).layers(slice(0, 1))
             ours, own = forward(layers, images[None])[0], module(images)
     except Exception as error:  # noqa: BLE001 - the loop engine runs it, and shows the traceback if it is a bug
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error)
     if own.shape != (2, num_classes):
         return f"outputs of shape {'x'.join(map(str, own.shape[1:]))} where there are {num_classes} classes"
     is_equal = ours.shape == own.shape and torch.allclose(ours, own, rtol=1e-3, atol=1e-4)

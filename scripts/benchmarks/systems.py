@@ -47,6 +47,24 @@ class Workload:
         """Examples processed in a round's training."""
         return self.per_round * self.epochs * (self.examples_per_client or TRAIN_EXAMPLES // self.clients)
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The keys of fedsim's configuration that make it."""
+        changes: dict[str, Any] = {
+            "model.name": self.model,
+            "clients.count": self.clients,
+            "clients.per_round": self.per_round,
+            "training.local_epochs": self.epochs,
+            "training.batch_size": self.batch_size,
+            "training.lr": 0.1,
+            "placement.mode": self.mode,
+            "evaluation.every": 1,
+        }
+        if self.examples_per_client:
+            changes["data.partition.name"] = "sampled"
+            changes["data.partition.examples_per_client"] = self.examples_per_client
+        return changes
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -88,23 +106,10 @@ ROUND_COLUMNS = {
 
 def fedsim_run(workload: Workload) -> System:
     """Fedsim from its command line, as anyone starts it."""
-    changes: dict[str, Any] = {
-        "model.name": workload.model,
-        "clients.count": workload.clients,
-        "clients.per_round": workload.per_round,
-        "training.local_epochs": workload.epochs,
-        "training.batch_size": workload.batch_size,
-        "training.lr": 0.1,
-        "placement.mode": workload.mode,
-        "evaluation.every": 1,
-    }
-    if workload.examples_per_client:
-        changes["data.partition.name"] = "sampled"
-        changes["data.partition.examples_per_client"] = workload.examples_per_client
 
     def measure(rounds: int, seed: int, sample_s: float | None) -> Measured:
         with tempfile.TemporaryDirectory() as results:
-            options = _run_options({**changes, "rounds": rounds, "seed": seed}, results)
+            options = _run_options({**workload.changes, "rounds": rounds, "seed": seed}, results)
             done = processes.run(_python("-m", "fedsim", "run", "mnist", *options), sample_s=sample_s)
             return read_run(Path(results, "run"), done, workload.epochs)
 

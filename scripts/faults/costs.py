@@ -6,27 +6,22 @@ import os
 import statistics
 import threading
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
 
 import fedsim
+from benchmarks import tasks
 from faults.ray_nodes import ray_cluster
 from fedsim.recording import Recording
+from fedsim.results import RunWriter
 
-T2 = fedsim.Config().override(
-    {
-        "model.name": "2nn",
-        "clients.count": 100,
-        "clients.per_round": 10,
-        "training.local_epochs": 1,
-        "training.batch_size": 10,
-        "placement.mode": "packed",
-    }
-)
-T3 = T2.override({"clients.count": 500, "clients.per_round": 50, "training.local_epochs": 5})
+T2 = fedsim.Config().override(tasks.T2.changes)
+T3 = fedsim.Config().override(tasks.T3.changes)
 WARM_UP = 3
 """Rounds that are not counted."""
 
@@ -38,6 +33,27 @@ def durable(folder: Path) -> pd.DataFrame:
         "without": lambda turn: _loop_s(T2.override({"rounds": 250}), None),
     }
     return _in_turns(ways, turns=5)
+
+
+def written(folder: Path) -> pd.DataFrame:
+    """T2's loop with all files, over what is left of it without the seconds spent in its writer (at most 1.03)."""
+    rows = []
+    for turn in range(3):
+        written_s: list[float] = []
+        with unittest.mock.patch.object(RunWriter, "write", _timed(RunWriter.write, written_s)):
+            loop_s = _loop_s(T2.override({"rounds": 250}), folder / str(turn))
+        writer_s = sum(written_s[WARM_UP + 1 :])
+        rows.append({"loop_s": loop_s, "writer_s": writer_s, "ratio": loop_s / (loop_s - writer_s)})
+    return pd.DataFrame(rows)
+
+
+def _timed(function: Callable[..., None], seconds: list[float]) -> Callable[..., None]:
+    def timed(*arguments: Any) -> None:
+        start = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - start)
+
+    return timed
 
 
 def two_nodes(folder: Path) -> pd.DataFrame:

@@ -76,7 +76,8 @@ def _resumed(folder: Path, reference: fedsim.Run, target: Path) -> str:
     except FedsimError as error:
         if error.exit_code != 2 or not {target.name, str(folder)} & set(_words(str(error))):
             return f"not a clear refusal: {type(error).__name__}: {error}"
-        return f"refused: {error}" if _contents(folder) == before else f"refused, but not as it was: {error}"
+        said = str(error).replace(str(folder), "RUN")  # this machine's paths are nobody else's
+        return f"refused: {said}" if _contents(folder) == before else f"refused, but not as it was: {said}"
     return compared(run, reference)
 
 
