@@ -31,6 +31,11 @@ class Home(Protocol):
         """Where the run goes on; None for a start from round 0."""
         ...
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has reached what it was to stop at: no round is left to compute."""
+        ...
+
     def open(self, info: dict[str, Any]) -> RunWriter:
         """Begins to write; nothing was written before.
 
@@ -55,6 +60,7 @@ class NewRun:
     is_named: bool
     """The name was asked for: if another run takes it first, the run is refused."""
     start: None = None
+    is_over: bool = False
 
     def open(self, info: dict[str, Any]) -> RunWriter:
         """Makes the folder; see `Home`."""

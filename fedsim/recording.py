@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,11 @@ from fedsim.experiment import Experiment, prepare
 from fedsim.homes import Home, NewRun
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import RoundRecord
-from fedsim.placement import Plan
 from fedsim.results import Run, RunWriter
 from fedsim.run_folder import check_name, target
 from fedsim.simulation import federated_averaging
 from fedsim.strategies import Strategy
+from fedsim.targets import Target, targets
 from fedsim.weights import Weights
 
 
@@ -37,6 +37,7 @@ def run(
     results: str | os.PathLike[str] | None = "results",
     name: str | None = None,
     overwrite: bool = False,
+    stop_at: Mapping[str, float] | None = None,
     model: Callable[..., nn.Module] | None = None,
     strategy: Strategy | None = None,
     dataset: Dataset | None = None,
@@ -50,6 +51,8 @@ def run(
         results: the folder that gets the run's folder; None for nothing on disk.
         name: the run's name; None calls it after the configuration, with the next free number.
         overwrite: replaces a run of that name.
+        stop_at: ends the run with the first round in which a column of rounds.parquet is there, an accuracy at least or
+            a loss at most, such as {"test_accuracy": 0.97}; its rounds are those of the same run without.
         model: own model factory, called with (input_shape, num_classes) or with nothing, returning an `nn.Module`.
         strategy: own server algorithm.
         dataset: own data set.
@@ -67,7 +70,14 @@ def run(
         [0, 1]
     """
     with Recording.of(
-        config, results=results, name=name, overwrite=overwrite, model=model, strategy=strategy, dataset=dataset
+        config,
+        results=results,
+        name=name,
+        overwrite=overwrite,
+        stop_at=targets(stop_at or {}),
+        model=model,
+        strategy=strategy,
+        dataset=dataset,
     ) as recording:
         for _ in recording:
             pass
@@ -84,6 +94,7 @@ class Recording:
         experiment: what is run.
         home: where it is written; None for nothing on disk.
         name: what a run without a home is called.
+        stop_at: the run is over when one of these is reached.
         debug: shows what the actors print.
         on_plan: called with the recording once its plan is made, before its actors start: they may take a while.
     """
@@ -94,12 +105,14 @@ class Recording:
         home: Home | None,
         *,
         name: str = "run",
+        stop_at: Sequence[Target] = (),
         debug: bool = False,
         on_plan: Callable[[Recording], object] = lambda recording: None,
     ) -> None:
         self.experiment = experiment
         self.start = home.start if home else None
         self.last: RoundRecord | None = None
+        self.stop_at = stop_at
         self._home, self._name, self._debug, self._on_plan = home, name, debug, on_plan
         self._records: list[RoundRecord] = []
         self._weights: Weights | None = self.start.weights if self.start else None
@@ -113,6 +126,7 @@ class Recording:
         results: str | os.PathLike[str] | None = "results",
         name: str | None = None,
         overwrite: bool = False,
+        stop_at: Sequence[Target] = (),
         debug: bool = False,
         model: Callable[..., nn.Module] | None = None,
         strategy: Strategy | None = None,
@@ -125,7 +139,7 @@ class Recording:
         folder = make() if make else None  # refuses a name before anything is loaded
         x = prepare(config, model=model, strategy=strategy, dataset=dataset)
         home = NewRun(make, folder, x.config, overwrite, is_named=name is not None) if make and folder else None
-        return cls(x, home, name=called, debug=debug, on_plan=on_plan)
+        return cls(x, home, name=called, stop_at=stop_at, debug=debug, on_plan=on_plan)
 
     @property
     def folder(self) -> Path | None:
@@ -151,7 +165,7 @@ class Recording:
             self._on_plan(self)
             self._pool = stack.enter_context(open_pool(x, self.plan))
             if self._home:
-                self._writer = stack.enter_context(self._home.open(_info(x, self.plan, self._pool.info)))
+                self._writer = stack.enter_context(self._home.open(_info(self, self._pool.info)))
             self._cleanup = stack.pop_all()
         return self
 
@@ -178,13 +192,19 @@ class Recording:
 
     def __iter__(self) -> Iterator[RoundRecord]:
         x, writer = self.experiment, self._writer
+        if self._home and self._home.is_over:
+            return
         for round in federated_averaging(x, self._pool, self.start):
             self.last, self._weights = round.record, round.weights
+            is_over = any(target.is_reached(vars(round.record)) for target in self.stop_at)
             if writer:
-                writer.write(round.record, partial(x.layout.unflatten, round.weights), round.state)
+                tensors = partial(x.layout.unflatten, round.weights)
+                writer.write(round.record, tensors, round.state, is_over=is_over)
             else:
                 self._records.append(round.record)
             yield round.record
+            if is_over:
+                return
 
     @property
     def run(self) -> Run:
@@ -217,14 +237,15 @@ def _how_to_replay(folder: Path, error: ClientError, own: dict[str, str]) -> str
     return f"{call} re-trains it in this process"
 
 
-def _info(x: Experiment, plan: Plan, pool: PoolInfo) -> dict[str, Any]:
+def _info(recording: Recording, pool: PoolInfo) -> dict[str, Any]:
     """What run.json says of a run that is up and has not begun."""
+    x = recording.experiment
     return {
         "versions": environment.versions(),
         "machine": environment.machine(),
         "git_commit": environment.git_commit(),
         "engine": x.spec.engine,
-        "placement": asdict(plan),
+        "placement": asdict(recording.plan),
         "data": {
             "name": x.dataset.name,
             "sha256": x.dataset.sha256(),
@@ -233,6 +254,7 @@ def _info(x: Experiment, plan: Plan, pool: PoolInfo) -> dict[str, Any]:
         },
         "model": {"num_values": x.layout.num_values, "num_bytes": x.model_bytes},
         "own": x.own,
+        "stop_at": [str(target) for target in recording.stop_at],
         "device": pool.device,
         "numerics_fingerprint": pool.fingerprint,
         "num_forked": pool.num_forked,

@@ -27,6 +27,7 @@ from fedsim.run_folder import Stopped, stopped
 from fedsim.simulation import Start
 from fedsim.starts import is_saved, newest
 from fedsim.strategies import Strategy
+from fedsim.targets import Target
 
 _OF_A_PART = ("versions", "machine", "git_commit", "placement", "device", "numerics_fingerprint", "num_forked")
 
@@ -67,7 +68,7 @@ def resume(
         resumption = plan_resume(found, Own(model, strategy, dataset), anyway=anyway)
         if resumption is None:
             return load_run(path, model=model)
-        with Recording(resumption.experiment, resumption) as recording:
+        with Recording(resumption.experiment, resumption, stop_at=resumption.stop_at) as recording:
             for _ in recording:
                 pass
     return recording.run
@@ -96,6 +97,18 @@ class Resumption:
         return self.stopped.config
 
     @property
+    def stop_at(self) -> list[Target]:
+        """What ends the run early. Not what has ended it, if more rounds are asked for."""
+        goes_further = self.stopped.info["status"] == "finished" and "rounds" in self.stopped.changes
+        return [] if goes_further else [Target.parse(text) for text in self.stopped.info.get("stop_at", [])]
+
+    @property
+    def is_over(self) -> bool:
+        """See `Home`."""
+        row = self.whole.rounds[self.start.round].measures if self.start else {}
+        return bool(row) and any(target.is_reached(row) for target in self.stop_at)
+
+    @property
     def next_round(self) -> int:
         """The first round that is computed."""
         return self.start.round + 1 if self.start else 0
@@ -107,8 +120,11 @@ class Resumption:
         unlike = self.unlike + check_same(self.folder, fingerprints, self.anyway)
         part = {"at": now(), "from_round": self.next_round, **{key: info[key] for key in _OF_A_PART}}
         resumes = [*before.get("resumes", []), part | ({"unlike": unlike} if unlike else {})]
+        again = {"resumes": resumes, "stop_at": info["stop_at"]}
         round = self.start.round if self.start else None
-        return go_on(self.folder, self.stopped.held, self.config, before | {"resumes": resumes}, self.whole, round)
+        return go_on(
+            self.folder, self.stopped.held, self.config, before | again, self.whole, round, is_over=self.is_over
+        )
 
 
 def plan_resume(stopped: Stopped, own: Own = NOTHING, *, anyway: bool = False) -> Resumption | None:
@@ -128,7 +144,8 @@ def plan_resume(stopped: Stopped, own: Own = NOTHING, *, anyway: bool = False) -
         raise RunFolderError(f"{folder / 'run.json'} calls the run {info['name']}, its rows {others[0]}: it is damaged")
     if config.rounds < whole.last:
         raise ConfigError(f"rounds = {config.rounds}, but {folder} has done {whole.last} already: give at least that")
-    is_done = info["status"] == "finished" and whole.last == config.rounds and not whole.damage
+    is_at_end = whole.last == config.rounds or (info.get("stop_at") and "rounds" not in stopped.changes)
+    is_done = info["status"] == "finished" and is_at_end and not whole.damage
     if is_done and is_saved(folder, whole.last, whole):
         return None
     check_own(folder, info["own"], own)

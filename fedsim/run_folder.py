@@ -23,7 +23,7 @@ from fedsim.errors import RunFolderError
 RUN_VERSION = 1
 
 _NEEDED = {"name": str, "status": str, "own": dict, "data": dict}
-_IF_THERE = {"versions": dict, "placement": dict, "resumes": list}
+_IF_THERE = {"versions": dict, "placement": dict, "resumes": list, "stop_at": list}
 _OF_DATA = {"sha256": str, "input_shape": list, "num_classes": int}
 
 
@@ -138,6 +138,8 @@ class Stopped:
     """What run.json says."""
     config: Config
     """With what is to change."""
+    changes: Mapping[str, Any]
+    """That: dotted keys."""
 
 
 @contextlib.contextmanager
@@ -162,7 +164,7 @@ def stopped(folder: Path, changes: Mapping[str, Any]) -> Iterator[Stopped]:
         info, config, damage = read_run(folder)
         if damage:
             raise RunFolderError(f"{damage}; what may change is given with --set (from Python: changes={{...}})")
-        yield Stopped(folder, held, info, changed(config, changes))
+        yield Stopped(folder, held, info, changed(config, changes), changes)
 
 
 def sha256(path: Path) -> str:

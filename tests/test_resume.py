@@ -95,8 +95,8 @@ def test_it_may_stop_again_and_again(tmp_path, whole):
         with pytest.MonkeyPatch.context() as patch:
             write = fedsim.results.RunWriter.write
 
-            def stopping(self, record, *rest, at=round, write=write):
-                write(self, record, *rest)
+            def stopping(self, record, *rest, at=round, write=write, **named):
+                write(self, record, *rest, **named)
                 if record.round == at:
                     raise KeyboardInterrupt
 
@@ -413,8 +413,8 @@ def test_a_checkpoint_of_rounds_that_are_taken_back_goes_with_them(many, monkeyp
     flip(many / "rounds.parquet" / "part-000002-000002.parquet", 200)
     write = fedsim.results.RunWriter.write
 
-    def stopping(self, record, *rest):
-        write(self, record, *rest)
+    def stopping(self, record, *rest, **named):
+        write(self, record, *rest, **named)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fedsim.results.RunWriter, "write", stopping)
@@ -552,8 +552,8 @@ def test_a_run_that_is_being_written_is_refused(stopped, whole):
 def test_while_it_goes_on_nobody_else_can(stopped, monkeypatch):
     write, seen = fedsim.results.RunWriter.write, []
 
-    def looking(self, *arguments):
-        write(self, *arguments)
+    def looking(self, *arguments, **named):
+        write(self, *arguments, **named)
         assert load_run(stopped).status == "running"
         with pytest.raises(RunFolderError, match="is being written"):
             fedsim.resume(stopped)

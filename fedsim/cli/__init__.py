@@ -27,8 +27,10 @@ from fedsim.cli.options import (
     QuietOption,
     ResultsOption,
     SetOption,
+    StopAtOption,
     configuration,
     keys_help,
+    parsed_targets,
 )
 from fedsim.cli.terminal import (
     console,
@@ -65,6 +67,7 @@ def run(
     results: ResultsOption = Path("results"),
     address: AddressOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replaces a run of that name.")] = False,
+    stop_at: StopAtOption = None,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -72,6 +75,7 @@ def run(
     from fedsim import launch, run_folder
 
     config = configuration(experiment_name, changes, address)
+    targets = parsed_targets(stop_at)
     started, recording = time.perf_counter(), None
     run_folder.target(results, name, config.name, overwrite)  # refuses a name before anything is started
     try:
@@ -80,7 +84,13 @@ def run(
 
             on_plan = (lambda recording: None) if quiet else say_start
             recording = Recording.of(
-                config, results=results, name=name, overwrite=overwrite, debug=debug, on_plan=on_plan
+                config,
+                results=results,
+                name=name,
+                overwrite=overwrite,
+                stop_at=targets,
+                debug=debug,
+                on_plan=on_plan,
             )
             record(recording, quiet=quiet)
     except KeyboardInterrupt:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedsim.config import Config, keys
 from fedsim.errors import ConfigError
 from fedsim.presets import PRESETS, experiment
+
+if TYPE_CHECKING:
+    from fedsim.targets import Target
 
 ExperimentArgument = Annotated[
     str, typer.Argument(metavar="EXPERIMENT", help=f"A preset ({', '.join(PRESETS)}) or a TOML file.")
@@ -27,6 +30,13 @@ AddressOption = Annotated[str | None, typer.Option(help="Where Ray is: local (a 
 ResultsOption = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds the runs' folders.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Prints no progress, only the outcome.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Shows tracebacks and what the actors print.")]
+StopAtOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="COLUMN=VALUE",
+        help="Ends a run when a column of its rounds is there, for example test_accuracy=0.97; can be repeated.",
+    ),
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in --results.")]
 AnywayOption = Annotated[
     bool,
@@ -70,3 +80,16 @@ def _value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     return parsed["value"] if parsed.keys() == {"value"} else text
+
+
+def parsed_targets(given: list[str] | None) -> list[Target]:
+    """What --stop-at or --target say.
+
+    Raises:
+        InputError: one is no target.
+    """
+    if not given:
+        return []
+    from fedsim.targets import Target  # brings pyarrow, which a run imports while Ray starts
+
+    return [Target.parse(text) for text in given]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fedsim.cli.options import (
     AddressOption,
@@ -18,6 +18,9 @@ from fedsim.cli.options import (
     set_option,
 )
 from fedsim.cli.terminal import console, count_rounds, fail, interrupted, record, say_outcome, say_start
+
+if TYPE_CHECKING:
+    from fedsim.run_folder import Stopped
 
 
 def resume(
@@ -46,20 +49,28 @@ def resume(
 
             resumption = plan_resume(stopped, anyway=anyway)
             if resumption is None:
-                done = count_rounds(stopped.config.rounds)
-                console.print(f"{folder}: finished, after {done}; --set rounds=N with more goes on")
+                console.print(f"{folder}: finished{_after(stopped)}; --set rounds=N goes on to round N")
                 return
             if not quiet:
                 first, last = resumption.next_round, stopped.config.rounds
-                what = f"goes on with round {first}/{last}" if first <= last else "has all its rounds"
+                is_over = first > last or resumption.is_over
+                what = "has all its rounds" if is_over else f"goes on with round {first}/{last}"
                 console.print(f"{folder}: {what}")
             for unlike in resumption.unlike:
                 console.print(f"nevertheless: {unlike}")
             on_plan = (lambda recording: None) if quiet else say_start
-            recording = Recording(resumption.experiment, resumption, debug=debug, on_plan=on_plan)
+            recording = Recording(
+                resumption.experiment, resumption, stop_at=resumption.stop_at, debug=debug, on_plan=on_plan
+            )
             record(recording, quiet=quiet)
     except KeyboardInterrupt:
         is_as_before = run_folder.read_info(folder) == before  # run.json is the first that changes
         fail(f"interrupted: nothing was changed in {folder}" if is_as_before else interrupted(recording), 130)
     assert recording is not None
     say_outcome(recording, time.perf_counter() - started)
+
+
+def _after(stopped: Stopped) -> str:
+    if targets := stopped.info.get("stop_at"):
+        return f" with {', '.join(targets)}, or all {count_rounds(stopped.config.rounds)}"
+    return f" after {count_rounds(stopped.config.rounds)}"

@@ -51,11 +51,10 @@ def interrupted(recording: Recording | None) -> str:
 
 def say_outcome(recording: Recording, seconds: float) -> None:
     """A finished run's path and accuracy, and how to read it."""
-    if recording.last is not None:
-        accuracy = recording.last.test_accuracy  # the last round is always evaluated
-    else:  # of a run that was only to be ended
-        accuracy = recording.run.rounds["test_accuracy"].iloc[-1]
-    rounds = count_rounds(recording.experiment.config.rounds)
+    accuracy = recording.last.test_accuracy if recording.last else None
+    if accuracy is None:  # of a run that was only to be ended, or that has stopped where it was not evaluated
+        accuracy = recording.run.rounds["test_accuracy"].dropna().iloc[-1]
+    rounds = count_rounds(recording.done or 0)
     console.print(f"{recording.folder}: test accuracy {accuracy:.4f} after {rounds} ({seconds:.1f} s)")
     if number := recording.run.info.get("num_dropped"):
         console.print(f"{number} times a client was left out: without these losses the results would be others")

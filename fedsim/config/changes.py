@@ -25,9 +25,9 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     if config.placement.address == PlacementConfig().address:
         del values["placement"]["address"]  # written down it would outweigh RAY_ADDRESS, which may have been meant
     new = Config.from_dict(values).override(changes)
-    was, now = dict(_flat(config.to_dict())), dict(_flat(new.to_dict()))
+    was, now = dict(flat(config.to_dict())), dict(flat(new.to_dict()))
     for key in [*now, *was]:
-        if was.get(key) != now.get(key) and not _may_change(key):
+        if was.get(key) != now.get(key) and not may_change(key):
             given = f"{key} = {now.get(key)!r}" if key in now else f"no {key}"
             had = f"{was[key]!r}" if key in was else "none"
             raise ConfigError(
@@ -37,13 +37,15 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return new
 
 
-def _may_change(key: str) -> bool:
+def may_change(key: str) -> bool:
+    """Whether a key may be another when a run goes on."""
     return key.partition(".")[0] in ("rounds", "placement", "failures", "checkpoint") and key != "placement.threads"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values, of a configuration as nested dictionaries."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -120,7 +120,14 @@ def _is_to_be(new: Path) -> bool:
 
 
 def go_on(
-    folder: Path, held: BinaryIO, config: Config, info: dict[str, Any], whole: Whole, round: int | None
+    folder: Path,
+    held: BinaryIO,
+    config: Config,
+    info: dict[str, Any],
+    whole: Whole,
+    round: int | None,
+    *,
+    is_over: bool = False,
 ) -> RunWriter:
     """Puts the folder of a run right, so that it is as the run left it after a round.
 
@@ -133,6 +140,7 @@ def go_on(
         info: what run.json is to say besides the status.
         whole: its records that are whole.
         round: of the checkpoint to go on from; None for none: round 0 comes next.
+        is_over: whether no round comes next.
 
     Raises:
         RunFolderError: the folder cannot be written.
@@ -142,7 +150,7 @@ def go_on(
     last = -1 if round is None else round
     kept = [name for name, end in whole.parts.items() if end <= last]
     try:
-        writer = RunWriter(folder, held, config, info, last_round=round)
+        writer = RunWriter(folder, held, config, info, last_round=round, is_over=is_over)
         was = {"config_sha256_before": before} if digest != before else {}  # there is a moment when both may be there
         num_dropped = sum(row.num_dropped for row in whole.rounds[: last + 1])
         again = {"status": "running", "ended_at": None, "error": None, "num_dropped": num_dropped}

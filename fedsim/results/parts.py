@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from fedsim.errors import RunFolderError, first_line
 from fedsim.files import publish
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, table
+from fedsim.targets import MEASURES
 
 SCHEMAS = {"rounds": ROUND_SCHEMA, "clients": CLIENT_SCHEMA}
 EMPTY = "part-empty.parquet"
@@ -34,6 +35,8 @@ class Row(NamedTuple):
     is_lost: bool
     """Clients were sampled, and not one of them completed."""
     num_dropped: int
+    measures: dict[str, float | None]
+    """The columns that can be a target."""
 
 
 @dataclass
@@ -159,9 +162,8 @@ def _read_pair(folder: Path, name: str, whole: Whole) -> None:
     rounds = _read(folder, "rounds", name)
     if rounds["round"].to_pylist() != list(range(first, last + 1)):
         raise RunFolderError(f"{path} is damaged: it does not have one row for each of its rounds")
-    rows = rounds.select(
-        ["round", "num_sampled", "num_completed", "num_dropped", "weights_sha256", *_EVALUATION]
-    ).to_pylist()
+    needed = ["round", "num_sampled", "num_completed", "num_dropped", "weights_sha256", *MEASURES]
+    rows = rounds.select(needed).to_pylist()
     sampled = {row["round"]: row["num_sampled"] for row in rows if row["num_sampled"]}
     names = set(rounds["run"].unique().to_pylist())
     if sampled:
@@ -176,6 +178,7 @@ def _read_pair(folder: Path, name: str, whole: Whole) -> None:
     for row in rows:
         is_evaluated = any(row[column] is not None for column in _EVALUATION)
         is_lost = row["num_sampled"] > 0 and row["num_completed"] == 0
-        whole.rounds.append(Row(row["weights_sha256"], is_evaluated, is_lost, row["num_dropped"]))
+        measures = {column: row[column] for column in MEASURES}
+        whole.rounds.append(Row(row["weights_sha256"], is_evaluated, is_lost, row["num_dropped"], measures))
     whole.names |= names
     whole.parts[name] = last

@@ -34,14 +34,23 @@ class RunWriter:
         config: the whole resolved configuration.
         info: what run.json says.
         last_round: what the folder holds already; None for nothing.
+        is_over: whether no round comes after it.
     """
 
     def __init__(
-        self, folder: Path, held: BinaryIO, config: Config, info: dict[str, Any], *, last_round: int | None = None
+        self,
+        folder: Path,
+        held: BinaryIO,
+        config: Config,
+        info: dict[str, Any],
+        *,
+        last_round: int | None = None,
+        is_over: bool = False,
     ) -> None:
         self.folder, self._lock, self._config, self._info = folder, held, config, info
         self._waiting: list[RoundRecord] = []  # not in a file yet; an interrupt finds a round here whole, or not
         self._last_round = last_round  # that is in a file
+        self._is_over = is_over or last_round == config.rounds
         self._unsaved: tuple[RoundRecord, Callable[[], dict[str, Tensor]], dict[str, Tensor]] | None = None
         self._unsynced: list[Path] = []
         self._flushed = self._checkpointed = time.monotonic()
@@ -55,13 +64,21 @@ class RunWriter:
         self._info |= changes
         publish(self.folder / "run.json", json.dumps(self._info, indent=2).encode(), durable=True)
 
-    def write(self, record: RoundRecord, tensors: Callable[[], dict[str, Tensor]], state: dict[str, Tensor]) -> None:
+    def write(
+        self,
+        record: RoundRecord,
+        tensors: Callable[[], dict[str, Tensor]],
+        state: dict[str, Tensor],
+        *,
+        is_over: bool = False,
+    ) -> None:
         """Takes a round's record, and a checkpoint where one is due.
 
         Args:
             record: the round.
             tensors: gives the model's tensors by name; called only for a checkpoint.
             state: the strategy's state after the round.
+            is_over: whether the run is finished with it, before the last round of its configuration.
 
         Raises:
             RunFailedError: a file cannot be written.
@@ -71,7 +88,8 @@ class RunWriter:
         self._unsaved = None if is_lost else (record, tensors, state)
         self._waiting.append(record)
         now, settings = time.monotonic(), self._config.checkpoint
-        is_due = now - self._checkpointed >= settings.every_s or record.round == self._config.rounds
+        self._is_over = is_over or record.round == self._config.rounds
+        is_due = now - self._checkpointed >= settings.every_s or self._is_over
         with self._failing():
             if record.num_dropped:  # such a run is another one than if nothing had been lost: it says so
                 self.update(num_dropped=self._info["num_dropped"] + record.num_dropped)
@@ -138,7 +156,7 @@ class RunWriter:
     def _end(self, error: BaseException | None) -> None:
         if isinstance(error, Exception):
             self.update(status="failed", ended_at=now(), error=f"{type(error).__name__}: {error}")
-        elif error is None and self._last_round == self._config.rounds:
+        elif error is None and self._is_over:
             self.update(status="finished", ended_at=now())
         else:  # Ctrl-C, SIGTERM, or an iteration left early
             self.update(status="interrupted", ended_at=now())

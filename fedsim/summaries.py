@@ -1,0 +1,194 @@
+"""What runs came to: one row a run, and what several seeds say together. Needs pandas and no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fedsim.config import Config
+from fedsim.config.changes import flat
+from fedsim.errors import InputError
+from fedsim.metrics import ROUND_COLUMNS
+from fedsim.statistics import interval
+from fedsim.targets import Target
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_MEASURES = ("final_accuracy", "best_accuracy", "rounds_to_target", "seconds_to_target", "bytes_to_target")
+_TO_TARGET = {"rounds_to_target": "round", "seconds_to_target": "seconds", "bytes_to_target": "bytes"}
+
+
+class Read(Protocol):
+    """What is asked of a run here; `results.Run` is one."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        ...
+
+    @property
+    def config(self) -> Config:
+        """Its whole resolved configuration."""
+        ...
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed or interrupted."""
+        ...
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """One row a round."""
+        ...
+
+
+def groups(runs: Sequence[Read]) -> dict[str, list[Read]]:
+    """Runs that differ in their seed at most, named after the keys in which the groups differ.
+
+    Neither the run's name nor how far, where and how carefully it was computed makes a difference: rounds, placement,
+    failures and checkpoint are left out. Runs of one group and one seed would be the same run.
+    """
+    keys = [_what_is_computed(run.config) for run in runs]
+    differing = {
+        key for one in keys for key in one for other in keys if key != "seed" and one[key] != other.get(key, _NONE)
+    }
+    found: dict[str, list[Read]] = {}
+    for run, values in zip(runs, keys, strict=True):
+        label = ", ".join(f"{key}={values[key]}" for key in values if key in differing) or run.config.name
+        found.setdefault(label, []).append(run)
+    return found
+
+
+_NONE = object()
+
+
+def _what_is_computed(config: Config) -> dict[str, Any]:
+    left_out = ("name", "rounds", "placement", "failures", "checkpoint")
+    return {key: value for key, value in flat(config.to_dict()) if key.partition(".")[0] not in left_out}
+
+
+def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:
+    """One row a run.
+
+    Args:
+        runs: the runs.
+        target: adds what it took to get there.
+
+    Returns:
+        Columns `run`, `group` (see `groups`), `seed`, `status`, `rounds` (done), `final_accuracy`, `best_accuracy`,
+        `best_round`, `seconds` (of all rounds); with a target also `rounds_to_target` (by the paper's rule, see
+        `Target.crossing`), `seconds_to_target` and `bytes_to_target` (down and up, of all clients), NaN where the run
+        has not reached it.
+    """
+    import pandas as pd
+
+    labels = {id(run): label for label, members in groups(runs).items() for run in members}
+    return pd.DataFrame([_row(run, labels[id(run)], target) for run in runs])
+
+
+def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
+    rounds = run.rounds
+    accuracy = rounds["test_accuracy"].dropna()
+    row = {
+        "run": run.name,
+        "group": label,
+        "seed": run.config.seed,
+        "status": run.status,
+        "rounds": int(rounds["round"].max()) if len(rounds) else 0,
+        "final_accuracy": accuracy.iloc[-1] if len(accuracy) else math.nan,
+        "best_accuracy": accuracy.max() if len(accuracy) else math.nan,
+        "best_round": int(rounds["round"].loc[accuracy.index[accuracy.argmax()]]) if len(accuracy) else 0,
+        "seconds": rounds["round_s"].sum(),
+    }
+    if target is None:
+        return row
+    rounds["seconds"] = rounds["round_s"].cumsum()
+    rounds["bytes"] = (rounds["bytes_down"] + rounds["bytes_up"]).cumsum()
+    crossings = {
+        name: target.crossing(rounds[axis].tolist(), rounds[target.column].tolist())
+        for name, axis in _TO_TARGET.items()
+    }
+    return row | {name: math.nan if place is None else place for name, place in crossings.items()}
+
+
+def over_seeds(summary: pd.DataFrame) -> pd.DataFrame:
+    """One row a group and a measure: the mean over its runs and its confidence interval.
+
+    Args:
+        summary: from `summary`.
+
+    Returns:
+        Columns `group`, `measure`, `mean`, `low`, `high`, `number` (of runs that have the measure), `of` (runs). The
+        mean of what it took to the target is over the runs that reached it: look at `number` before you compare.
+    """
+    import pandas as pd
+
+    rows = []
+    for label, members in summary.groupby("group", sort=False):
+        for measure in (name for name in _MEASURES if name in summary):
+            found = interval(members[measure].dropna().tolist())
+            rows.append({"group": label, "measure": measure, **found._asdict(), "of": len(members)})
+    return pd.DataFrame(rows, columns=["group", "measure", "mean", "low", "high", "number", "of"])
+
+
+def paired(summary: pd.DataFrame) -> pd.DataFrame:
+    """Differences of every other group to the first one, seed by seed.
+
+    Runs of one seed share its random numbers: their cohorts and batches are the same where the keys that they are drawn
+    from are. What is left is the effect, and an interval that is narrower than that of two independent means.
+
+    Args:
+        summary: from `summary`.
+
+    Returns:
+        Columns `group`, `than`, `measure`, `mean` (of the differences), `low`, `high`, `number` (of seeds that both
+        have); no row where there is none.
+    """
+    import pandas as pd
+
+    found = [(label, members.set_index("seed")) for label, members in summary.groupby("group", sort=False)]
+    rows = []
+    for label, members in found[1:]:
+        than, base = found[0]
+        for measure in (name for name in _MEASURES if name in summary):
+            one, other = (each[measure].groupby(level=0).first() for each in (members, base))
+            differences = (one - other).dropna()
+            if len(differences):
+                values = interval(differences.tolist())._asdict()
+                rows.append({"group": label, "than": than, "measure": measure, **values})
+    return pd.DataFrame(rows, columns=["group", "than", "measure", "mean", "low", "high", "number"])
+
+
+def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:
+    """The mean of a column by round over runs, with its confidence interval.
+
+    Args:
+        runs: of one group.
+        column: of rounds.parquet; a number.
+
+    Returns:
+        Index `round`; columns `mean`, `low`, `high`, `number`. Rounds in which no run has the column are left out.
+
+    Raises:
+        InputError: there is no such column, or it is no number.
+    """
+    import pandas as pd
+
+    check_column(column)
+    values = pd.concat([run.rounds.set_index("round")[column].rename(i) for i, run in enumerate(runs)], axis=1)
+    values = values.dropna(how="all").sort_index()
+    rows = [interval([x for x in row if not math.isnan(x)])._asdict() for row in values.astype(float).to_numpy()]
+    return pd.DataFrame(rows, index=values.index, columns=["mean", "low", "high", "number"])
+
+
+def check_column(column: str) -> None:
+    """Lets pass a column of rounds.parquet that is a number.
+
+    Raises:
+        InputError: it is none.
+    """
+    numbers = [c.name for c in ROUND_COLUMNS if str(c.type) in ("int64", "double")]
+    if column not in numbers:
+        raise InputError(f"{column!r} is no column to be drawn; there are {', '.join(numbers)}")

@@ -1,0 +1,137 @@
+"""What runs came to: hand-computed rows, groups of seeds, paired differences."""
+
+import math
+
+import pandas as pd
+import pytest
+
+import fedsim
+from fedsim import summaries
+from fedsim.errors import InputError
+from fedsim.targets import Target
+from tests.helpers import SERIAL
+
+
+class Stub:
+    """A run of these accuracies, each round taking 2 s and 100 + 50 bytes."""
+
+    def __init__(self, run, accuracies, **changes):
+        self.name, self.status = run, "finished"
+        self.config = fedsim.Config().override(changes)
+        self._accuracies = accuracies
+
+    @property
+    def rounds(self):
+        number = len(self._accuracies)
+        return pd.DataFrame(
+            {
+                "round": range(number),
+                "test_accuracy": self._accuracies,
+                "test_loss": [math.nan] * number,
+                "round_s": [2.0] * number,
+                "bytes_down": [0, *[100] * (number - 1)][:number],
+                "bytes_up": [0, *[50] * (number - 1)][:number],
+            }
+        )
+
+
+def test_a_row_by_hand():
+    (row,) = summaries.summary([Stub("a", [0.1, 0.6, 0.8, 0.7], seed=3)], Target("test_accuracy", 0.7)).to_dict(
+        "records"
+    )
+    assert row == {
+        "run": "a",
+        "group": "mnist",
+        "seed": 3,
+        "status": "finished",
+        "rounds": 3,
+        "final_accuracy": 0.7,
+        "best_accuracy": 0.8,
+        "best_round": 2,
+        "seconds": 8.0,
+        "rounds_to_target": pytest.approx(1.5),
+        "seconds_to_target": pytest.approx(5.0),  # the ends of rounds 1 and 2 are after 4 and 6 s
+        "bytes_to_target": pytest.approx(225.0),
+    }
+
+
+def test_what_is_not_reached_is_nan():
+    frame = summaries.summary([Stub("a", [0.1, math.nan, 0.6])], Target("test_accuracy", 0.7))
+    assert frame[["rounds_to_target", "seconds_to_target", "bytes_to_target"]].isna().all(axis=None)
+    assert "rounds_to_target" not in summaries.summary([Stub("a", [0.1])])
+
+
+def test_a_run_without_rounds_has_a_row():
+    (row,) = summaries.summary([Stub("a", [])], Target("test_accuracy", 0.7)).to_dict("records")
+    assert row["rounds"] == 0
+    assert math.isnan(row["final_accuracy"])
+    assert math.isnan(row["rounds_to_target"])
+
+
+def test_groups_are_named_after_what_differs():
+    runs = [
+        Stub("a", [], **{"training.lr": 0.1, "seed": 0}),
+        Stub("b", [], **{"training.lr": 0.1, "seed": 1, "rounds": 7, "placement.mode": "serial", "name": "other"}),
+        Stub("c", [], **{"training.lr": 0.2, "clients.per_round": 5}),
+    ]
+    found = summaries.groups(runs)
+    assert {label: [run.name for run in members] for label, members in found.items()} == {
+        "clients.per_round=all, training.lr=0.1": ["a", "b"],
+        "clients.per_round=5, training.lr=0.2": ["c"],
+    }
+
+
+def test_groups_of_other_strategies_have_other_keys():
+    runs = [Stub("a", []), Stub("b", [], **{"strategy.name": "fedavgm", "strategy.server_lr": 0.5})]
+    assert list(summaries.groups(runs)) == ["strategy.name=fedavg", "strategy.name=fedavgm, strategy.server_lr=0.5"]
+
+
+def test_means_over_seeds_by_hand():
+    runs = [Stub(str(seed), [0.0, accuracy], seed=seed) for seed, accuracy in enumerate([0.2, 0.4, 0.6])]
+    frame = summaries.over_seeds(summaries.summary(runs, Target("test_accuracy", 0.4))).set_index("measure")
+    final = frame.loc["final_accuracy"]
+    assert final["mean"] == pytest.approx(0.4)
+    assert final["high"] == pytest.approx(0.4 + 4.302653 * 0.2 / math.sqrt(3), rel=1e-6)
+    assert (final["number"], final["of"]) == (3, 3)
+    assert (frame.loc["rounds_to_target", "number"], frame.loc["rounds_to_target", "of"]) == (2, 3)
+
+
+def test_paired_differences_are_by_seed():
+    """The seeds differ by much, the groups by 0.1 in each: the pairs say so exactly."""
+    base = [Stub(f"a{seed}", [0.1 * seed], seed=seed) for seed in (1, 2, 3)]
+    better = [Stub(f"b{seed}", [0.1 * seed + 0.1], seed=seed, **{"training.lr": 0.3}) for seed in (3, 2, 5)]
+    frame = summaries.paired(summaries.summary(base + better)).set_index("measure")
+    row = frame.loc["final_accuracy"]
+    assert (row["group"], row["than"], row["number"]) == ("training.lr=0.3", "training.lr=0.1", 2)
+    assert row["mean"] == pytest.approx(0.1)
+    assert row["high"] - row["low"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_groups_without_a_common_seed_have_no_pairs():
+    runs = [Stub("a", [0.1], seed=0), Stub("b", [0.2], seed=1, **{"training.lr": 1.0})]
+    frame = summaries.paired(summaries.summary(runs))
+    assert frame.empty
+    assert list(frame) == ["group", "than", "measure", "mean", "low", "high", "number"]
+
+
+def test_a_curve_by_hand():
+    runs = [Stub("a", [0.1, math.nan, 0.3]), Stub("b", [0.3, math.nan, 0.5, 0.7], seed=1)]
+    frame = summaries.curve(runs, "test_accuracy")
+    assert frame.index.tolist() == [0, 2, 3]
+    assert frame["mean"].tolist() == pytest.approx([0.2, 0.4, 0.7])
+    assert frame["number"].tolist() == [2, 2, 1]
+    assert frame.loc[0, "high"] == pytest.approx(0.2 + 12.7062 * 0.1, rel=1e-4)  # half of 0.2/sqrt(2) * sqrt(2)
+    assert math.isnan(frame.loc[3, "low"])
+
+
+@pytest.mark.parametrize("column", ["accuracy", "weights_sha256", "run"])
+def test_what_is_no_column_to_draw(column):
+    with pytest.raises(InputError, match="no column to be drawn; there are num_sampled"):
+        summaries.curve([Stub("a", [0.1])], column)
+
+
+def test_of_real_runs():
+    runs = [fedsim.run(SERIAL.override({"seed": seed}), results=None) for seed in (0, 1)]
+    frame = summaries.summary(runs, Target("test_accuracy", 0.5))
+    assert frame["best_accuracy"].tolist() == [run.rounds["test_accuracy"].max() for run in runs]
+    assert (frame["rounds_to_target"] <= 3).all()
