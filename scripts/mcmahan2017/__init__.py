@@ -1,0 +1,1 @@
+"""What scripts/reproduce_mcmahan2017.py is made of: plan, search, work, report."""

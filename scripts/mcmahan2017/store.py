@@ -1,0 +1,49 @@
+"""What has been run, as two Parquet files: a row a run, and the accuracy of each of its rounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from mcmahan2017.plan import Cell
+from mcmahan2017.search import Done
+from mcmahan2017.work import Finished
+
+KEY = ["cell", "lr", "seed"]
+
+
+class Store:
+    """Rows of runs that came to their end; each is on disk once it is added.
+
+    Args:
+        folder: of runs.parquet and curves.parquet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = self._read("runs")
+        self.curves = self._read("curves")
+
+    def _read(self, name: str) -> pd.DataFrame:
+        path = self.folder / f"{name}.parquet"
+        return pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=KEY)
+
+    def add(self, finished: Finished) -> None:
+        """Adds a run to both files."""
+        self.runs = _added(self.runs, pd.DataFrame([finished.row])).sort_values(KEY, ignore_index=True)
+        self.curves = _added(self.curves, finished.curve).sort_values([*KEY, "round"], ignore_index=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, frame in (("curves", self.curves), ("runs", self.runs)):  # a run is there when its row is
+            new = self.folder / f".{name}.parquet.tmp"
+            frame.to_parquet(new, index=False)
+            new.replace(self.folder / f"{name}.parquet")
+
+    def done(self, cell: Cell) -> list[Done]:
+        """The runs of a cell."""
+        rows = self.runs[self.runs["cell"] == cell.name]
+        return [Done(r.lr, r.seed, r.rounds_to_target, r.best_accuracy) for r in rows.itertuples()]
+
+
+def _added(frame: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([frame, new], ignore_index=True) if len(frame) else new

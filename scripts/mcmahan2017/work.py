@@ -1,0 +1,108 @@
+"""One run of the reproduction, in a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pandas as pd
+
+import fedsim
+from fedsim import environment
+from fedsim.errors import InputError, RunFailedError
+from fedsim.targets import Target
+from mcmahan2017.search import Task
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has come to its end."""
+
+    row: dict[str, Any]
+    """Of runs.parquet."""
+    curve: pd.DataFrame
+    """Of curves.parquet: the run's test accuracy by round."""
+
+
+def work(task: Task, runs: Path, until: float) -> Finished | None:
+    """Makes a run, or goes on with it.
+
+    Args:
+        task: the run.
+        runs: the folder of all runs; an interrupted one goes on in a later call.
+        until: `time.time()` at which it is interrupted.
+
+    Returns:
+        What came of it; None if it was interrupted.
+    """
+    left_s = until - time.time()
+    if left_s <= 0:
+        return None
+    folder = runs / task.cell.name / f"lr{task.rate:g}-seed{task.seed}"
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, left_s)
+    try:
+        run = _run(task, folder)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return _finished(task, run)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(task: Task, folder: Path) -> fedsim.Run:
+    config = task.cell.config(task.rate, task.seed, task.rounds)
+    try:
+        return fedsim.resume(folder)
+    except InputError:  # it is not there, or was made by another version or machine: then from the start
+        pass
+    except RunFailedError:
+        return _diverged(folder)
+    stop_at = {"test_accuracy": task.cell.target}
+    try:
+        return fedsim.run(config, results=folder.parent, name=folder.name, overwrite=True, stop_at=stop_at)
+    except RunFailedError:
+        return _diverged(folder)
+
+
+def _diverged(folder: Path) -> fedsim.Run:
+    """A run that has ended as its rate is too high: an answer like another. Anything else goes on being an error."""
+    run = fedsim.load_run(folder)
+    last = run.rounds.iloc[-1]
+    if last["num_sampled"] == 0 or last["num_rejected"] < last["num_sampled"]:
+        raise
+    return run
+
+
+def _finished(task: Task, run: fedsim.Run) -> Finished:
+    rounds = run.rounds
+    accuracy = rounds["test_accuracy"]
+    crossing = Target("test_accuracy", task.cell.target).crossing(rounds["round"].tolist(), accuracy.tolist())
+    key = {"cell": task.cell.name, "lr": task.rate, "seed": task.seed}
+    versions, machine = environment.versions(), environment.machine()
+    row = {
+        **key,
+        "phase": task.phase,
+        "max_rounds": task.rounds,
+        "rounds": int(rounds["round"].max()),
+        "rounds_to_target": crossing if crossing is not None else float("nan"),
+        "best_accuracy": accuracy.max(),
+        "status": run.status,
+        "seconds": rounds["round_s"].sum(),
+        "weights_sha256": rounds["weights_sha256"].iloc[-1],
+        "date": datetime.now(UTC).date().isoformat(),
+        "git_commit": run.info["git_commit"],
+        "machine": f"{machine['num_cpus']} cores, {machine['processor']}",
+        "versions": ", ".join(f"{package} {versions[package]}" for package in ("python", "torch", "fedsim")),
+    }
+    return Finished(row, rounds[["round", "test_accuracy"]].astype({"test_accuracy": "float32"}).assign(**key))

@@ -1,0 +1,102 @@
+"""Reproduces Tables 1 and 2 of McMahan et al. 2017, cell by cell; writes results/published/mcmahan2017/.
+
+    python scripts/reproduce_mcmahan2017.py                          # goes on until all is done: days on two cores
+    python scripts/reproduce_mcmahan2017.py --hours 2                # for so long; a later call goes on from there
+    python scripts/reproduce_mcmahan2017.py --cells 'table1-2nn-*'   # these
+    python scripts/reproduce_mcmahan2017.py --report                 # runs nothing; the tables and plots anew
+
+What is run, and what counts as agreement, says scripts/mcmahan2017/plan.toml. Cells come in the order of their cost.
+What has been run is never run again: its rows are in the Parquet files. Runs that were interrupted are under
+results/mcmahan2017/.
+
+Reference:
+    McMahan, Moore, Ramage, Hampson, Aguera y Arcas, "Communication-Efficient Learning of Deep Networks from
+    Decentralized Data", AISTATS 2017. https://arxiv.org/abs/1602.05629
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+from mcmahan2017 import page, plan
+from mcmahan2017.search import Task, next_tasks
+from mcmahan2017.store import Store
+from mcmahan2017.work import Finished, work
+
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = ROOT / "results" / "published" / "mcmahan2017"
+RUNS = ROOT / "results" / "mcmahan2017"
+
+
+def reproduce(
+    the_plan: plan.Plan, cells: Sequence[plan.Cell], store: Store, runs: Path, until: float, jobs: int
+) -> None:
+    """Makes the runs of some cells, as many at a time as there are jobs.
+
+    Args:
+        the_plan: the plan.
+        cells: of these, in this order.
+        store: what has been run.
+        runs: the folder of unfinished runs.
+        until: `time.time()` at which it ends.
+        jobs: processes, one a run.
+    """
+    going: dict[Future[Finished | None], Task] = {}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        while True:
+            free = jobs - len(going)
+            for task in _tasks(the_plan, cells, store, {task.key for task in going.values()})[:free]:
+                if time.time() < until:
+                    going[pool.submit(work, task, runs, until)] = task
+            if not going:
+                return
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                task, finished = going.pop(future), future.result()
+                if finished:
+                    store.add(finished)
+                print(f"{task.cell.name} lr={task.rate:g} seed={task.seed}: {_said(finished)}", flush=True)
+
+
+def _tasks(the_plan: plan.Plan, cells: Sequence[plan.Cell], store: Store, going: set[object]) -> list[Task]:
+    """What can be started now, the first cells first."""
+    tasks = [task for cell in cells for task in next_tasks(the_plan, cell, store.done(cell))]
+    return [task for task in tasks if task.key not in going]
+
+
+def _said(finished: Finished | None) -> str:
+    if finished is None:
+        return "interrupted, to go on"
+    row = finished.row
+    return f"{row['rounds_to_target']:.1f} rounds to the target, of {row['rounds']}, in {row['seconds']:.0f} s"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the arguments, runs, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", default="*", metavar="PATTERN", help="of these names, as a shell matches files")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="ends after so long")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; a core each")
+    parser.add_argument("--report", action="store_true", help="only writes the page anew")
+    parser.add_argument("--output", type=Path, default=PUBLISHED, metavar="DIR")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="for unfinished runs")
+    args = parser.parse_args(arguments)
+    the_plan = plan.read()
+    cells = [cell for cell in the_plan.cells if fnmatch.fnmatch(cell.name, args.cells)]
+    if not cells:
+        parser.error(f"no cell {args.cells!r}; there are {', '.join(cell.name for cell in the_plan.cells)}")
+    store = Store(args.output)
+    if not args.report:
+        reproduce(the_plan, cells, store, args.runs, min(time.time() + 3600 * args.hours, 1e12), args.jobs)
+    page.write(the_plan, store)
+    print(args.output / "README.md")
+
+
+if __name__ == "__main__":
+    main()
