@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedsim.resumption import resume as resume
     from fedsim.simulation import rounds as rounds
     from fedsim.strategies import Strategy as Strategy
+    from fedsim.sweeps import sweep as sweep
     from fedsim.verification import replay as replay
     from fedsim.verification import verify as verify
 
@@ -29,6 +30,7 @@ _HOME = {
     "run": "recording",
     "resume": "resumption",
     "rounds": "simulation",
+    "sweep": "sweeps",
     "verify": "verification",
     "replay": "verification",
     "load_run": "results",

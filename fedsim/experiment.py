@@ -64,6 +64,7 @@ def prepare(
     model: Callable[..., nn.Module] | None = None,
     strategy: Strategy | None = None,
     dataset: Dataset | None = None,
+    after: Experiment | None = None,
 ) -> Experiment:
     """Looks up, checks and builds the parts of a run; fetches the data set where it is not cached.
 
@@ -72,6 +73,7 @@ def prepare(
         model: own model factory, see `models.build`.
         strategy: own server algorithm.
         dataset: own data set.
+        after: another experiment, whose data set is taken if it is the same: it need not be read again.
 
     Raises:
         ConfigError: an unknown entry, or an argument that does not fit.
@@ -85,7 +87,7 @@ def prepare(
     elif not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy must be a fedsim.Strategy(init, aggregate), not {type(strategy).__name__}")
     factory = model or models.MODELS[config.model.name]
-    data = dataset or datasets.load(config.data.dataset)
+    data = dataset or _same_data(config, after) or datasets.load(config.data.dataset)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset must be a fedsim.Dataset, not {type(data).__name__}")
     partitioner = PARTITIONERS[config.data.partition.name]
@@ -120,6 +122,11 @@ def prepare(
         obstacle=obstacle,
         own={name: _called(part) for name, part in own.items() if part is not None},
     )
+
+
+def _same_data(config: Config, after: Experiment | None) -> Dataset | None:
+    is_same = after and "dataset" not in after.own and after.config.data.dataset == config.data.dataset
+    return after.dataset if after and is_same else None
 
 
 def _called(part: Any) -> str:

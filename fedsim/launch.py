@@ -6,11 +6,13 @@ import contextlib
 import shutil
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+from fedsim.actors import Assignment
 from fedsim.config import Config
 from fedsim.errors import FedsimWarning, PlanError
 from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
@@ -19,6 +21,7 @@ from fedsim.sampling import cohort_size
 
 if TYPE_CHECKING:
     from fedsim.actors import Pool
+    from fedsim.actors.ray_pool import RayPool
     from fedsim.experiment import Experiment
 
 
@@ -101,18 +104,93 @@ def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     else:
         from fedsim.actors.ray_pool import RayPool
 
-        pool = RayPool(
-            plan,
-            x.spec,
-            x.dataset,
-            x.partition,
-            x.config.failures,
-            x.cohort_size,
-            x.initial_weights,
-            replan=partial(_replan, x),
-        )
+        pool = RayPool(plan, _assignment(x))
     with contextlib.closing(pool):
         yield pool
+
+
+class Launch(Protocol):
+    """How a run gets its hosts: this module, which starts them for it, or a `Warm`, which keeps them for the next."""
+
+    def connect(self, x: Experiment, *, debug: bool = False) -> AbstractContextManager[Plan]:
+        """See `connect`."""
+        ...
+
+    def open_pool(self, x: Experiment, plan: Plan) -> AbstractContextManager[Pool]:
+        """See `open_pool`."""
+        ...
+
+
+class Warm:
+    """A `Launch` for runs one after another: a run has the Ray and the actors of the one before if they fit.
+
+    To be closed in the end.
+    """
+
+    def __init__(self) -> None:
+        self._hosts = contextlib.ExitStack()
+        self._plan: Plan | None = None
+        self._pool: RayPool | None = None
+
+    @contextlib.contextmanager
+    def connect(self, x: Experiment, *, debug: bool = False) -> Iterator[Plan]:
+        """See `connect`."""
+        plan = self._next_plan(x)
+        if plan is None:
+            self.close()
+            plan = self._hosts.enter_context(connect(x, debug=debug))
+        self._plan = plan
+        try:
+            yield plan
+        except BaseException:  # who knows what its actors are at
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def open_pool(self, x: Experiment, plan: Plan) -> Iterator[Pool]:
+        """See `open_pool`."""
+        if plan.mode == "serial":
+            with open_pool(x, plan) as pool:
+                yield pool
+            return
+        if self._pool:
+            self._pool.reload(plan, _assignment(x))
+        else:
+            from fedsim.actors.ray_pool import RayPool
+
+            self._pool = self._hosts.enter_context(contextlib.closing(RayPool(plan, _assignment(x))))
+        yield self._pool
+
+    def close(self) -> None:
+        """Stops what runs."""
+        self._plan = self._pool = None
+        self._hosts.close()
+
+    def _next_plan(self, x: Experiment) -> Plan | None:
+        """The plan of a run that the hosts of the one before are fit for; None if they are not."""
+        before = self._plan
+        if before is None or x.config.placement.mode == "serial" or before.mode == "serial":
+            return None
+        nodes = (_this_machine(x),) if _is_alone(x) else _live_nodes()
+        plan = _plan(x, *nodes)
+        return plan if _hosts_of(plan) == _hosts_of(before) else None
+
+
+def _hosts_of(plan: Plan) -> tuple[Any, ...]:
+    """What must be equal for a run to have the actors of another."""
+    return plan.mode, plan.num_actors, plan.num_cpus, plan.num_gpus, plan.threads, plan.start, plan.actor_bytes
+
+
+def _assignment(x: Experiment) -> Assignment:
+    return Assignment(
+        x.spec, x.dataset, x.partition, x.cohort_size, x.initial_weights, x.config.failures, partial(_replan, x)
+    )
+
+
+def _live_nodes() -> tuple[Node, ...]:
+    from fedsim.actors import connection
+
+    return connection.live_nodes()
 
 
 def _is_alone(x: Experiment) -> bool:

@@ -14,14 +14,14 @@ from typing import Any, Self
 
 from torch import nn
 
-from fedsim import environment, models
+from fedsim import environment, launch, models
 from fedsim.actors import PoolInfo
 from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import ClientError, InputError, RunFailedError
 from fedsim.experiment import Experiment, prepare
 from fedsim.homes import Home, NewRun
-from fedsim.launch import connect, open_pool
+from fedsim.launch import Launch
 from fedsim.metrics import RoundRecord
 from fedsim.results import Run, RunWriter
 from fedsim.run_folder import check_name, target
@@ -96,6 +96,7 @@ class Recording:
         name: what a run without a home is called.
         stop_at: the run is over when one of these is reached.
         debug: shows what the actors print.
+        launch: how it gets its hosts; where several runs follow one another, a `Warm` keeps them.
         on_plan: called with the recording once its plan is made, before its actors start: they may take a while.
     """
 
@@ -107,13 +108,14 @@ class Recording:
         name: str = "run",
         stop_at: Sequence[Target] = (),
         debug: bool = False,
+        launch: Launch = launch,
         on_plan: Callable[[Recording], object] = lambda recording: None,
     ) -> None:
         self.experiment = experiment
         self.start = home.start if home else None
         self.last: RoundRecord | None = None
         self.stop_at = stop_at
-        self._home, self._name, self._debug, self._on_plan = home, name, debug, on_plan
+        self._home, self._name, self._debug, self._launch, self._on_plan = home, name, debug, launch, on_plan
         self._records: list[RoundRecord] = []
         self._weights: Weights | None = self.start.weights if self.start else None
         self._writer: RunWriter | None = None
@@ -128,6 +130,7 @@ class Recording:
         overwrite: bool = False,
         stop_at: Sequence[Target] = (),
         debug: bool = False,
+        launch: Launch = launch,
         model: Callable[..., nn.Module] | None = None,
         strategy: Strategy | None = None,
         dataset: Dataset | None = None,
@@ -139,7 +142,7 @@ class Recording:
         folder = make() if make else None  # refuses a name before anything is loaded
         x = prepare(config, model=model, strategy=strategy, dataset=dataset)
         home = NewRun(make, folder, x.config, overwrite, is_named=name is not None) if make and folder else None
-        return cls(x, home, name=called, stop_at=stop_at, debug=debug, on_plan=on_plan)
+        return cls(x, home, name=called, stop_at=stop_at, debug=debug, launch=launch, on_plan=on_plan)
 
     @property
     def folder(self) -> Path | None:
@@ -161,9 +164,9 @@ class Recording:
     def __enter__(self) -> Self:
         x = self.experiment
         with contextlib.ExitStack() as stack:
-            self.plan = stack.enter_context(connect(x, debug=self._debug))
+            self.plan = stack.enter_context(self._launch.connect(x, debug=self._debug))
             self._on_plan(self)
-            self._pool = stack.enter_context(open_pool(x, self.plan))
+            self._pool = stack.enter_context(self._launch.open_pool(x, self.plan))
             if self._home:
                 self._writer = stack.enter_context(self._home.open(_info(self, self._pool.info)))
             self._cleanup = stack.pop_all()

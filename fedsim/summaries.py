@@ -99,7 +99,9 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
         "rounds": int(rounds["round"].max()) if len(rounds) else 0,
         "final_accuracy": accuracy.iloc[-1] if len(accuracy) else math.nan,
         "best_accuracy": accuracy.max() if len(accuracy) else math.nan,
-        "best_round": int(rounds["round"].loc[accuracy.index[int(accuracy.to_numpy().argmax())]]) if len(accuracy) else 0,
+        "best_round": int(rounds["round"].loc[accuracy.index[int(accuracy.to_numpy().argmax())]])
+        if len(accuracy)
+        else 0,
         "seconds": rounds["round_s"].sum(),
     }
     if target is None:

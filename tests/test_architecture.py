@@ -92,8 +92,8 @@ LAYERS = (
     ("launch",),
     ("simulation",),
     ("homes", "recording"),
-    ("starts", "compatibility", "resumption", "comparison", "rerun", "verification"),
-    ("cli.options", "cli.terminal", "cli.verification", "cli.resume", "cli"),
+    ("starts", "compatibility", "resumption", "comparison", "rerun", "verification", "sweeps"),
+    ("cli.options", "cli.terminal", "cli.verification", "cli.resume", "cli.sweep", "cli"),
 )
 DOORS = ("", "__main__")  # the package's own names, looked up when first used, and `python -m fedsim`
 ORDER = {name: place for place, name in enumerate(name for layer in LAYERS for name in layer)}

@@ -95,9 +95,10 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fedsim.launch.early_ray", stop)
     monkeypatch.setattr("fedsim.datasets.fetch", lambda name: seen.append(name))
     monkeypatch.setattr("fedsim.experiment.prepare", stop)
+    monkeypatch.setattr("fedsim.sweeps.prepare", stop)
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
-    starts = ("run", "plan", "verify", "replay", "resume")
+    starts = ("run", "plan", "verify", "replay", "resume", "sweep")
     assert ended.value.code == (130 if words[0] in starts else 0), capsys.readouterr().err
     assert seen or words[0] not in (*starts, "data")
 

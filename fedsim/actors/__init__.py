@@ -6,14 +6,33 @@ a plan asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from fedsim.client import ClientUpdate
+    from fedsim.client import ClientSpec, ClientUpdate
+    from fedsim.config import FailuresConfig
+    from fedsim.datasets import Dataset
+    from fedsim.partition import Partition
+    from fedsim.placement import Plan
     from fedsim.training import Evaluation
     from fedsim.weights import Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What the hosts of a pool are to do."""
+
+    spec: ClientSpec
+    dataset: Dataset
+    partition: Partition
+    cohort_size: int
+    weights: Weights
+    """Of the size and type of those to come."""
+    failures: FailuresConfig
+    replan: Callable[[], Plan | None]
+    """Gives a plan for the nodes that there are by now; None if they are not fit for it."""
 
 
 @dataclass(frozen=True)

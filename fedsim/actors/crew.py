@@ -81,6 +81,16 @@ class Crew:
             self.actors[number] = self._new()
         self.finish(self.begin(Call(number, "load") for number in numbers))
 
+    def reload(self, load: tuple[Any, ...], failures: FailuresConfig) -> list[Loaded]:
+        """Has all actors load something else; returns what they said when they were ready.
+
+        Raises:
+            RunFailedError: one cannot.
+        """
+        self._load, self._failures = load, failures
+        self.finish(self.begin(Call(number, "load") for number in self.actors))
+        return [handle.loaded for handle in self.actors.values() if handle.loaded]
+
     def close(self) -> None:
         """Ends all actors."""
         for handle in self.actors.values():

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
 
-from fedsim.actors import FitResult, PoolInfo
+from fedsim.actors import Assignment, FitResult, PoolInfo
 from fedsim.actors.calls import Answer, Call, Work
 from fedsim.actors.connection import is_on_one_machine, live_node_ids
 from fedsim.actors.crew import Crew
+from fedsim.actors.host import Loaded
 from fedsim.actors.private import fork_obstacle, free_before_start
 from fedsim.actors.slab import Slab
-from fedsim.client import ClientSpec, FitTask, HostInfo, evaluation_chunks, total
-from fedsim.config import FailuresConfig
+from fedsim.client import FitTask, HostInfo, evaluation_chunks, total
 from fedsim.datasets import Dataset
-from fedsim.errors import FedsimWarning, PlanError
-from fedsim.partition import Partition
+from fedsim.errors import ClientError, FedsimWarning, PlanError
 from fedsim.placement import Plan
 from fedsim.training import Evaluation
 from fedsim.weights import Weights
@@ -30,45 +30,54 @@ class RayPool:
 
     Args:
         plan: how many actors, and the share of the machine that each is pinned to.
-        spec: what the clients do.
-        dataset: put into the object store once; the actors of a node read one copy.
-        partition: likewise.
-        failures: how often work is tried after its actor died.
-        cohort_size: clients of a round.
-        weights: of the size and type of those to come.
-        replan: a plan for the nodes that there are now; None if they do not hold the clients.
+        assignment: what they do. Its data set is put into the object store once: the actors of a node read one copy.
 
     Raises:
         PlanError: the actors do not compute the same bits.
         RunFailedError: the actors cannot be started.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        spec: ClientSpec,
-        dataset: Dataset,
-        partition: Partition,
-        failures: FailuresConfig,
-        cohort_size: int,
-        weights: Weights,
-        replan: Callable[[], Plan | None] = lambda: None,
-    ) -> None:
-        self._spec, self._failures, self._replan = spec, failures, replan
-        self._chunks = evaluation_chunks(dataset)
-        self._num_examples = partition.num_examples
-        self._weights: tuple[Weights, Any] | None = None
+    def __init__(self, plan: Plan, assignment: Assignment) -> None:
         self._begun: tuple[tuple[int, Weights, list[int]], Work] | None = None
         self._is_private = free_before_start() is not None
         self._nodes = live_node_ids()
-        self._slab = Slab.create(cohort_size, weights) if is_on_one_machine() else None
+        self._slab: Slab | None = None
         self._crew: Crew | None = None
+        self._dataset: tuple[Dataset, Any] | None = None
         try:
-            self._data = ray.put(dataset), ray.put(partition)
+            self._take(assignment)
             self.info = self._open(plan)
         except BaseException:
             self.close()
             raise
+
+    def reload(self, plan: Plan, assignment: Assignment) -> None:
+        """Has the same actors do something else; arguments and errors as of the class.
+
+        Args:
+            plan: for as many actors, each of the same share of the machine.
+            assignment: what they do from now on.
+        """
+        if self._begun is not None:  # a round that nobody asks for any more: nothing of it must come later
+            _, work = self._begun
+            self._begun = None
+            with contextlib.suppress(ClientError):
+                self._running.finish(work)
+        self._take(assignment)
+        self._plan = plan
+        self.info = self._loaded(self._running.reload(self._arguments(plan), assignment.failures))
+
+    def _take(self, assignment: Assignment) -> None:
+        """Puts what all actors need where they reach it."""
+        self._assignment = assignment
+        self._chunks = evaluation_chunks(assignment.dataset)
+        self._num_examples = assignment.partition.num_examples
+        self._weights: tuple[Weights, Any] | None = None
+        self._drop_slab()
+        self._slab = Slab.create(assignment.cohort_size, assignment.weights) if is_on_one_machine() else None
+        if self._dataset is None or self._dataset[0] is not assignment.dataset:
+            self._dataset = assignment.dataset, ray.put(assignment.dataset)
+        self._partition = ray.put(assignment.partition)
 
     def fit(self, round: int, weights: Weights, cohort: Sequence[int]) -> list[FitResult]:
         """See `Pool.fit`."""
@@ -103,29 +112,38 @@ class RayPool:
     def _open(self, plan: Plan, fingerprint: str = "") -> PoolInfo:
         """Starts the actors of a plan."""
         self._plan = plan
-        spec = replace(self._spec, stack_size=plan.stack_size)
         self._crew = Crew(
-            self._failures,
-            (ray.put(spec), plan.num_gpus, *self._data, self._slab.address if self._slab else None),
+            self._assignment.failures,
+            self._arguments(plan),
             is_near=is_on_one_machine(),
             is_private=self._is_private,
             fingerprint=fingerprint,
         )
-        loaded = self._crew.start(plan)
-        info = _common_info([each.host for each in loaded], sum(each.is_forked for each in loaded))
+        info = self._loaded(self._crew.start(plan))
         self._crew.fingerprint = info.fingerprint
-        if not all(each.has_slab for each in loaded):
-            self._drop_slab()
         if plan.start == "fork" and info.num_forked < plan.num_actors:
             warnings.warn(_not_forked(plan.num_actors - info.num_forked), FedsimWarning, stacklevel=2)
         return info
+
+    def _arguments(self, plan: Plan) -> tuple[Any, ...]:
+        """Of `HostActor.load`."""
+        assert self._dataset is not None
+        spec = replace(self._assignment.spec, stack_size=plan.stack_size)
+        address = self._slab.address if self._slab else None
+        return ray.put(spec), plan.num_gpus, self._dataset[1], self._partition, address
+
+    def _loaded(self, loaded: list[Loaded]) -> PoolInfo:
+        """What is known of actors that are ready; without the slab, where one does not reach it."""
+        if not all(each.has_slab for each in loaded):
+            self._drop_slab()
+        return _common_info([each.host for each in loaded], sum(each.is_forked for each in loaded))
 
     def _use_new_nodes(self) -> None:
         """Starts actors on nodes that have joined, also for lost ones; all anew where each gets another share."""
         if self._is_private:
             return
         before, self._nodes = self._nodes, live_node_ids()
-        plan = None if self._nodes <= before else self._replan()
+        plan = None if self._nodes <= before else self._assignment.replan()
         if plan is None or (self._slab is None and _share(plan) == _share(self._plan)):
             self._plan = plan or self._plan
             self._running.start_missing(self._plan)

@@ -69,11 +69,11 @@ def parsed(changes: list[str] | None) -> dict[str, Any]:
         key, equals, text = change.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {change}: write it as key=value, for example --set training.lr=0.05")
-        values[key.strip()] = _value(text.strip())
+        values[key.strip()] = value_of(text.strip())
     return values
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A value as TOML has it; what is not TOML is a string, so that quotes can be left out."""
     try:
         parsed = tomllib.loads(f"value = {text}")

@@ -5,6 +5,7 @@ Imports numpy only: every actor imports this module. Shapes: N examples, C chann
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -67,6 +68,10 @@ class Dataset:
 
     def sha256(self) -> str:
         """64 lower-case hex digits over the names, dtypes, shapes and little-endian bytes of the four arrays."""
+        return self._sha256
+
+    @functools.cached_property
+    def _sha256(self) -> str:
         digest = hashlib.sha256()
         for name in ("train_images", "train_labels", "test_images", "test_labels"):
             array = getattr(self, name)

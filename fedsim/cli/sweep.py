@@ -1,0 +1,117 @@
+"""`fedsim sweep`: a line a run, then how to read them all."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedsim.cli.options import (
+    AddressOption,
+    DebugOption,
+    ExperimentArgument,
+    QuietOption,
+    ResultsOption,
+    SetOption,
+    StopAtOption,
+    configuration,
+    parsed_targets,
+    value_of,
+)
+from fedsim.cli.terminal import console, count_rounds, fail, interrupts, record
+from fedsim.errors import ConfigError, RunFailedError
+
+if TYPE_CHECKING:
+    from fedsim.recording import Recording
+
+
+def sweep(
+    experiment_name: ExperimentArgument,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=A,B,...", help="The values of a key; can be repeated: then every combination is run."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="SEEDS", help="A range such as 0..4, or 0,1,7; without it, the experiment's.")
+    ] = None,
+    changes: SetOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="The folder of the runs in --results; without it, the experiment's and -sweep.")
+    ] = None,
+    results: ResultsOption = Path("results"),
+    address: AddressOption = None,
+    stop_at: StopAtOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Runs every combination of some values and seeds on one warm pool of actors; the same command again goes on."""
+    config = configuration(experiment_name, changes, address)
+    values, chosen = _grid(grid), _seeds(seeds)
+    goals = parsed_targets(stop_at)
+    from fedsim.compatibility import NOTHING
+    from fedsim.sweeps import folder_of, has_diverged, members, recordings
+
+    folder = folder_of(results, name, config)
+    found = members(config, values, chosen, folder, goals, NOTHING)
+    done = sum(member.state == "finished" for member in found)
+    if not quiet:
+        console.print(f"{folder}: {len(found)} runs" + (f", of which {done} are finished" if done else ""))
+    diverged = 0
+    try:
+        with contextlib.closing(recordings(found, goals, NOTHING, debug=debug)) as unfinished:
+            for recording in unfinished:
+                started = time.perf_counter()
+                try:
+                    record(recording, quiet=quiet or not console.is_terminal)
+                except RunFailedError:
+                    if not has_diverged(recording):
+                        raise
+                    diverged += 1
+                done += 1
+                if not quiet:
+                    line = _outcome(recording, is_diverged=has_diverged(recording))
+                    print(f"{done}/{len(found)} {line} ({time.perf_counter() - started:.1f} s)", flush=True)
+    except KeyboardInterrupt:
+        fail(f"interrupted: {done} of {len(found)} runs in {folder} are done; the same command goes on", 130)
+    assert done == len(found) or interrupts
+    said = f", of which {diverged} diverged" if diverged else ""
+    console.print(f"{folder}: {len(found)} runs{said}")
+    console.print(f"import fedsim; fedsim.load_runs({f'{folder}/*'!r}).rounds")
+
+
+def _outcome(recording: Recording, *, is_diverged: bool) -> str:
+    if is_diverged:
+        return f"{recording.name}: training diverged in round {recording.done}"
+    accuracy = recording.last.test_accuracy if recording.last else None
+    shown = "" if accuracy is None else f"test accuracy {accuracy:.4f} "
+    return f"{recording.name}: {shown}after {count_rounds(recording.done or 0)}"
+
+
+def _grid(given: list[str] | None) -> dict[str, list[Any]]:
+    grid: dict[str, list[Any]] = {}
+    for text in given or []:
+        key, equals, values = text.partition("=")
+        if not equals or not key.strip() or not values.strip(", "):
+            raise ConfigError(f"--grid {text}: write it as key=a,b,c, for example --grid training.lr=0.03,0.1,0.3")
+        if key.strip() in grid:
+            raise ConfigError(f"--grid {text}: {key.strip()} is there twice; give all its values at once")
+        grid[key.strip()] = [value_of(value.strip()) for value in values.split(",")]
+    return grid
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    if bounds := re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", text):
+        first, last = int(bounds[1]), int(bounds[2])
+        if first <= last < first + 100_000:
+            return list(range(first, last + 1))
+    elif re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+        return [int(part) for part in text.split(",")]
+    raise ConfigError(f"--seeds {text}: write a range such as 0..4, or a list such as 0,1,7")

@@ -1,0 +1,283 @@
+"""Sweeps: the runs are those of `run` to the bit, on actors that stay; what is there is not run again."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+from torch import nn
+
+import fedsim
+from fedsim import cli
+from fedsim.compatibility import NOTHING
+from fedsim.errors import ClientError, ConfigError, RunFolderError
+from fedsim.launch import Warm
+from fedsim.recording import Recording
+from fedsim.results import load_runs
+from fedsim.sweeps import members
+from tests.helpers import SERIAL, assert_same_results, content
+
+GRID = {"training.lr": [0.05, 0.1], "strategy.name": ["fedavg", "fedavgm"]}
+
+
+def names(runs):
+    return [run.name for run in runs]
+
+
+def test_every_combination_with_every_seed(tmp_path):
+    runs = fedsim.sweep(SERIAL, GRID, [0, 7], results=tmp_path)
+    assert names(runs) == [
+        f"lr-{lr}_name-{name}_seed-{seed}" for lr in (0.05, 0.1) for name in ("fedavg", "fedavgm") for seed in (0, 7)
+    ]
+    assert sorted(path.name for path in (tmp_path / "mnist-sweep").iterdir()) == sorted(names(runs))
+    for run in runs:
+        assert_same_results(run, fedsim.run(run.config, results=None))
+    assert set(load_runs(f"{tmp_path}/mnist-sweep/*").rounds["run"]) == set(names(runs))
+
+
+def test_without_a_grid_and_seeds_it_is_one_run(tmp_path):
+    runs = fedsim.sweep(SERIAL.override({"seed": 3}), results=tmp_path, name="one")
+    assert [run.path for run in runs] == [tmp_path / "one" / "seed-3"]
+
+
+def test_again_runs_nothing_and_more_runs_only_what_is_new(tmp_path):
+    fedsim.sweep(SERIAL, {"training.lr": [0.1]}, [0, 1], results=tmp_path)
+    before = content(tmp_path)
+    fedsim.sweep(SERIAL, {"training.lr": [0.1]}, [0, 1], results=tmp_path)
+    assert content(tmp_path) == before
+    runs = fedsim.sweep(SERIAL, {"training.lr": [0.1, 0.2]}, [0, 1], results=tmp_path)
+    assert len(runs) == 4
+    assert before.items() <= content(tmp_path).items()
+
+
+def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
+    whole = fedsim.sweep(SERIAL, {"training.lr": [0.1, 0.2]}, [0, 1], results=tmp_path, name="whole")
+    write, rounds = fedsim.results.RunWriter.write, []
+
+    def stopping(self, record, *rest, **named):
+        write(self, record, *rest, **named)
+        rounds.append(record.round)
+        if len(rounds) == 6:  # in the second run's round 1
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedsim.results.RunWriter, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            fedsim.sweep(SERIAL, {"training.lr": [0.1, 0.2]}, [0, 1], results=tmp_path, name="broken")
+    assert [run.status for run in load_runs(f"{tmp_path}/broken/*")] == ["finished", "interrupted"]
+    runs = fedsim.sweep(SERIAL, {"training.lr": [0.1, 0.2]}, [0, 1], results=tmp_path, name="broken")
+    for one, other in zip(runs, whole, strict=True):
+        assert one.status == "finished"
+        assert_same_results(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training.batch_size": 50}, "training.batch_size = 100, not 50"),
+        ({"rounds": 4}, "rounds = 3, not 4"),
+        ({"strategy.name": "fedadam"}, "strategy.name = 'fedavg', not 'fedadam'"),
+    ],
+)
+def test_other_runs_are_refused_before_anything_starts(tmp_path, changes, said):
+    fedsim.sweep(SERIAL, seeds=[1], results=tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(RunFolderError, match=said):
+        fedsim.sweep(SERIAL.override(changes), seeds=[0, 1], results=tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_another_stop_is_another_sweep(tmp_path):
+    fedsim.sweep(SERIAL, results=tmp_path, stop_at={"test_accuracy": 0.1})
+    with pytest.raises(RunFolderError, match=r"stop_at = 'test_accuracy=0\.1', not ''"):
+        fedsim.sweep(SERIAL, results=tmp_path)
+
+
+def test_where_it_runs_is_nothing_to_it(tmp_path):
+    before = fedsim.sweep(SERIAL, results=tmp_path)
+    after = fedsim.sweep(SERIAL.override({"placement.stack_size": 1, "checkpoint.keep": 5}), results=tmp_path)
+    assert after[0].config == before[0].config
+
+
+def test_runs_stop_where_they_are_to(tmp_path):
+    whole = fedsim.run(SERIAL, results=None).rounds["test_accuracy"]
+    (run,) = fedsim.sweep(SERIAL, results=tmp_path, stop_at={"test_accuracy": float(whole[1])})
+    assert len(run.rounds) == 2
+    assert run.status == "finished"
+
+
+def test_a_rate_that_diverges_is_an_answer(tmp_path):
+    config = SERIAL.override({"model.name": "mlp", "training.batch_size": 10, "training.momentum": 0.9})
+    grid = {"training.lr": [1e30, 0.05]}
+    runs = fedsim.sweep(config, grid, results=tmp_path)
+    assert [run.status for run in runs] == ["failed", "finished"]
+    before = content(tmp_path)
+    fedsim.sweep(config, grid, results=tmp_path)
+    assert content(tmp_path) == before
+
+
+def test_a_bug_ends_it_and_shows_itself(tmp_path):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(784, 10)
+
+        def forward(self, x):
+            if self.training:
+                raise ValueError("my own bug")
+            return self.layer(x.flatten(1))
+
+    with pytest.raises(ClientError, match="my own bug"):
+        fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, model=Broken)
+    assert [run.status for run in load_runs(f"{tmp_path}/mnist-sweep/*")] == ["failed"]
+
+
+def test_own_parts_are_in_all_runs(tmp_path):
+    def half_step(state, weights, updates, num_examples):
+        shares = num_examples.double() / num_examples.sum()
+        return (weights + 0.5 * (shares @ updates.double())).float(), state
+
+    strategy = fedsim.Strategy(init=lambda weights: {}, aggregate=half_step)
+    runs = fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, strategy=strategy)
+    for run in runs:
+        assert_same_results(run, fedsim.run(run.config, results=None, strategy=strategy))
+
+
+def found(tmp_path, grid, seeds=(0,), config=SERIAL):
+    return members(config, grid, seeds, tmp_path / "x", [], NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("grid", "seeds", "said"),
+    [
+        ({"training.lr": []}, [0], "no values for training.lr"),
+        ({}, [], "no seeds"),
+        ({"seed": [0]}, [0], "seed cannot be in the grid: give seeds"),
+        ({"name": ["a"]}, [0], "name cannot be in the grid"),
+        ({"training.lr": [0.1, 0.1]}, [0], "two runs would be called lr-0.1_seed-0"),
+        ({}, [1, 1], "two runs would be called seed-1"),
+        ({"training.rate": [0.1]}, [0], "training.rate"),
+        ({"training.lr": [0.1, "high"]}, [0], "training.lr"),
+        ({"data.partition.name": ["iid", "idd"]}, [0], "idd"),
+        ({"data.partition.alpha": [0.1]}, [0], "alpha"),
+        ({"data.dataset": ["x" * 100]}, [0], "x" * 100),
+        ({}, [-1], "seed"),
+    ],
+)
+def test_what_is_no_sweep(tmp_path, grid, seeds, said):
+    with pytest.raises(ConfigError, match=said):
+        found(tmp_path, grid, seeds)
+
+
+def test_names_tell_keys_apart(tmp_path):
+    config = SERIAL.override({"strategy.name": "fedadam"})
+    grid = {"strategy.name": ["fedadam"], "data.partition.name": ["iid"], "training.lr": [0.1]}
+    (member,) = found(tmp_path, grid, config=config)
+    assert member.folder.name == "strategy.name-fedadam_partition.name-iid_lr-0.1_seed-0"
+
+
+def test_a_value_is_made_a_name(tmp_path):
+    runs = found(tmp_path, {"clients.per_round": ["all", 2, 0.5], "training.weight_decay": [1e-05]})
+    assert [member.folder.name for member in runs] == [
+        f"per_round-{cohort}_weight_decay-1e-05_seed-0" for cohort in ("all", "2", "0.5")
+    ]
+
+
+def test_a_run_is_no_place_for_a_sweep(tmp_path):
+    fedsim.run(SERIAL, results=tmp_path, name="taken")
+    with pytest.raises(RunFolderError, match="is a run, so it cannot hold"):
+        fedsim.sweep(SERIAL, results=tmp_path, name="taken")
+    with pytest.raises(RunFolderError, match="cannot be a run's name"):
+        fedsim.sweep(SERIAL, results=tmp_path, name="../out")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "mnist-sweep" / "seed-0").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match="is not a run"):
+        fedsim.sweep(SERIAL, results=tmp_path)
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "small.toml").write_text(SERIAL.to_toml())
+    words = ["sweep", str(tmp_path / "small.toml"), "--results", str(tmp_path), "--name", "s"]
+    words += ["--grid", "training.lr=0.1, 0.2", "--seeds", "0..1"]
+    for expected in (["4 runs", "1/4 lr-0.1_seed-0: test accuracy 0", "4/4 "], ["4 runs, of which 4 are finished"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        said = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert all(part in said for part in expected), said
+    assert "1/4" not in said
+    line = said.splitlines()[-1]
+    assert line == f"import fedsim; fedsim.load_runs('{tmp_path}/s/*').rounds"
+    assert len(eval(line.partition("; ")[2], {"fedsim": fedsim})) == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--grid", "training.lr"], "write it as key=a,b,c"),
+        (["--grid", "training.lr="], "write it as key=a,b,c"),
+        (["--grid", "training.lr=,"], "write it as key=a,b,c"),
+        (["--grid", "training.lr=1", "--grid", "training.lr=2"], "is there twice"),
+        (["--seeds", "3..1"], "write a range such as 0..4"),
+        (["--seeds", "a"], "write a range such as 0..4"),
+        (["--seeds", "0..99999999"], "write a range such as 0..4"),
+        (["--seeds", "1,,2"], "write a range such as 0..4"),
+        (["--stop-at", "accuracy=1"], "cannot be a target"),
+    ],
+)
+def test_bad_input_is_answered(tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", "mnist", "--results", str(tmp_path / "r"), *words])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+PACKED = SERIAL.override({"placement.mode": "packed", "placement.actors": 2, "model.name": "mlp"})
+
+
+@pytest.mark.ray
+def test_the_actors_stay_and_the_bits_are_the_same(tmp_path):
+    """Also where the size of the model, of the cohort or the engine changes, and where runs stop in mid-work."""
+    grid = {"model.name": ["mlp", "logistic"], "clients.per_round": [3, 4], "training.engine": ["loop", "stacked"]}
+    runs = fedsim.sweep(PACKED, grid, [5], results=tmp_path, stop_at={"train_loss": 2.0})
+    for run in runs:
+        config = run.config.override({"placement.mode": "serial"})
+        assert_same_results(run, fedsim.run(config, results=None, stop_at={"train_loss": 2.0}))
+    pids = {pid for run in runs for pid in run.clients["pid"]}
+    assert len(pids) == 2
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.ray
+def test_other_actors_are_started_where_they_do_not_fit(tmp_path):
+    runs = fedsim.sweep(PACKED, {"placement.actors": [1, 2], "training.lr": [0.1, 0.2]}, results=tmp_path)
+    pids = [set(run.clients["pid"]) for run in runs]
+    assert [len(some) for some in pids] == [1, 1, 2, 2]
+    assert pids[0] == pids[1]
+    assert pids[2] == pids[3]
+    assert_same_results(runs[0], runs[2])
+
+
+@pytest.mark.ray
+def test_a_failed_run_leaves_no_actor_behind():
+    """Who knows what they were at: the next run gets others."""
+    warm, config = Warm(), PACKED.override({"rounds": 50})
+    pids = set()
+
+    def stumble():
+        with Recording.of(config, results=None, launch=warm) as recording:
+            for record in recording:
+                pids.update(client.pid for client in record.clients)
+                if record.round == 1:
+                    raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stumble()
+    assert pids
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    with Recording.of(PACKED, results=None, launch=warm) as recording:
+        assert [record.round for record in recording] == [0, 1, 2, 3]
+    warm.close()
+    assert_same_results(recording.run, fedsim.run(PACKED.override({"placement.mode": "serial"}), results=None))
