@@ -1,7 +1,8 @@
-"""Where rounds part from the recorded ones: results are compared, observations are not."""
+"""Where rounds part from the recorded ones, or two runs from each other: results are compared, observations are not."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from fedsim.errors import RunFolderError, first_line
 from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRecord, RoundRecord
 from fedsim.results import Run
 
+_Rows = Mapping[int, Mapping[str, Any]]
 _KEYS = ("run", "round", "client_id")
 _OF_ALL = "cosine_to_mean"  # of a client and all others: compared later, as it would blame one for another's difference
 _ROUND_RESULTS = [c.name for c in ROUND_COLUMNS if not c.is_observation and c.name not in _KEYS]
@@ -27,10 +29,16 @@ class Difference:
     column: str
     recorded: Any
     computed: Any
+    """By verify and replay; of two runs, what the other one recorded."""
 
     def __str__(self) -> str:
-        where = f"round {self.round}" + ("" if self.client_id is None else f", client {self.client_id}")
-        return f"{where}: {self.column} was {_shown(self.recorded)} in the run and is {_shown(self.computed)} here"
+        was, now = map(shown, (self.recorded, self.computed))
+        return f"{self.where}: {self.column} was {was} in the run and is {now} here"
+
+    @property
+    def where(self) -> str:
+        """The round, and the client if it is one's."""
+        return f"round {self.round}" + ("" if self.client_id is None else f", client {self.client_id}")
 
 
 class Recorded:
@@ -65,20 +73,45 @@ class Recorded:
 
 def round_differences(record: RoundRecord, recorded: Recorded) -> Iterator[Difference]:
     """What differs in a round: first what each client did, in ascending client_id, then what was made of it."""
-    rows, computed = recorded.clients(record.round), {client.client_id: client for client in record.clients}
-    for client_id in sorted(rows.keys() | computed.keys()):
-        if client_id in rows and client_id in computed:
-            yield from client_differences(computed[client_id], rows[client_id])
-        else:
-            there = [client_id if client_id in cohort else None for cohort in (rows, computed)]
-            yield Difference(record.round, client_id, "client_id", *there)
-    for client_id in sorted(rows.keys() & computed.keys()):
-        yield from _differences(record.round, client_id, [_OF_ALL], rows[client_id], vars(computed[client_id]))
+    computed = {client.client_id: vars(client) for client in record.clients}
+    yield from _in_round(record.round, recorded.clients(record.round), computed)
     row = recorded.rounds.get(record.round)
     if row is None:
         yield Difference(record.round, None, "round", None, record.round)
     else:
         yield from _differences(record.round, None, _ROUND_RESULTS, row, vars(record))
+
+
+def parting(one: Run, other: Run) -> Difference | None:
+    """Where two runs part: the first round that differs, and in it the first client and result.
+
+    Returns:
+        None where all rounds that both have are equal.
+
+    Raises:
+        RunFolderError: the records of one cannot be read.
+    """
+    first, second = Recorded(one), Recorded(other)
+    for round in range(min(first.last, second.last) + 1):
+        differences = itertools.chain(
+            _in_round(round, first.clients(round), second.clients(round)),
+            _differences(round, None, _ROUND_RESULTS, first.rounds[round], second.rounds[round]),
+        )
+        if found := next(differences, None):
+            return found
+    return None
+
+
+def _in_round(round: int, rows: _Rows, others: _Rows) -> Iterator[Difference]:
+    """What differs between the clients of a round, by client_id."""
+    for client_id in sorted(rows.keys() | others.keys()):
+        if client_id in rows and client_id in others:
+            yield from _differences(round, client_id, _CLIENT_RESULTS, rows[client_id], others[client_id])
+        else:
+            there = [client_id if client_id in cohort else None for cohort in (rows, others)]
+            yield Difference(round, client_id, "client_id", *there)
+    for client_id in sorted(rows.keys() & others.keys()):
+        yield from _differences(round, client_id, [_OF_ALL], rows[client_id], others[client_id])
 
 
 def client_differences(record: ClientRecord, row: Mapping[str, Any]) -> Iterator[Difference]:
@@ -90,7 +123,7 @@ def _differences(
     round: int, client_id: int | None, columns: Iterable[str], row: Mapping[str, Any], computed: Mapping[str, Any]
 ) -> Iterator[Difference]:
     for column in columns:
-        if column in row and not _is_same(row[column], computed[column]):  # columns are added: an old run has fewer
+        if column in row and not _is_same(row[column], computed.get(column)):  # columns are added: an old run has fewer
             yield Difference(round, client_id, column, row[column], computed[column])
 
 
@@ -106,7 +139,8 @@ def _named(row: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(name): value for name, value in row.items()}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a person; of a hash, its beginning."""
     if _is_null(value):
         return "null"
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 20 else str(value)

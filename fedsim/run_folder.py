@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,6 +97,24 @@ def path_of(run: str, results: Path) -> Path:
     raise RunFolderError(
         f"{run!r} is not a run: neither a run's folder nor a name in {results}; `fedsim runs` lists them"
     )
+
+
+def paths_of(runs: Sequence[str], results: Path) -> list[Path]:
+    """The folders of runs, each named as in `path_of`, or all at once by a folder that holds them: a sweep's.
+
+    Raises:
+        RunFolderError: one is neither.
+    """
+    found: list[Path] = []
+    for run in runs:
+        for folder in (Path(run), results / run):
+            inside = sorted(path.parent for path in folder.glob("*/run.json"))
+            if inside and not (folder / "run.json").exists():
+                found += inside
+                break
+        else:
+            found.append(path_of(run, results))
+    return list(dict.fromkeys(found))
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:

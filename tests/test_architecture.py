@@ -93,7 +93,7 @@ LAYERS = (
     ("simulation",),
     ("homes", "recording"),
     ("starts", "compatibility", "resumption", "comparison", "rerun", "verification", "sweeps"),
-    ("cli.options", "cli.terminal", "cli.verification", "cli.resume", "cli.sweep", "cli"),
+    ("cli.options", "cli.terminal", "cli.verification", "cli.resume", "cli.sweep", "cli.compare", "cli"),
 )
 DOORS = ("", "__main__")  # the package's own names, looked up when first used, and `python -m fedsim`
 ORDER = {name: place for place, name in enumerate(name for layer in LAYERS for name in layer)}
@@ -182,7 +182,7 @@ def test_the_door_is_for_users_only():
         ),
         ("torchvision", {name for name in MODULES if name.startswith("datasets")}),
         ("pyarrow", {name for name in MODULES if name.startswith("results")} | {"metrics"}),
-        ("pandas", {name for name in MODULES if name.startswith("results")} | {"metrics", "summaries"}),
+        ("pandas", {name for name in MODULES if name.startswith("results")} | {"metrics", "summaries", "cli.compare"}),
         ("safetensors", {"checkpoint"}),
         ("pickle", {"datasets.wheel"}),  # of a file with a known SHA-256, by an unpickler that knows arrays only
         ("typer", CLI),

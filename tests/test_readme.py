@@ -91,6 +91,10 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
         interrupted = json.loads((path / "run.json").read_text()) | {"status": "interrupted"}
         (path / "run.json").write_text(json.dumps(interrupted))
         monkeypatch.setattr("fedsim.rerun.prepare", stop)
+    if words[0] == "compare":
+        named = [word for word in words[1 : words.index("--target") if "--target" in words else None]]
+        for name in named:
+            fedsim.run(fedsim.Config().override({"data.dataset": "synthetic", "placement.mode": "serial"}), name=name)
     (tmp_path / "my.toml").write_text(fedsim.preset("mnist").to_toml())
     monkeypatch.setattr("fedsim.launch.early_ray", stop)
     monkeypatch.setattr("fedsim.datasets.fetch", lambda name: seen.append(name))

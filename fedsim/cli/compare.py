@@ -1,0 +1,137 @@
+"""`fedsim compare`: what runs came to, side by side; of two runs, where they part and in what they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from rich.table import Table
+
+from fedsim.cli.options import DebugOption, ResultsOption
+from fedsim.cli.terminal import console
+from fedsim.run_folder import paths_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedsim.results import Run, Runs
+
+RunsArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN...", help="Runs' folders, their names in --results, or a sweep's folder.")
+]
+TargetOption = Annotated[
+    str | None, typer.Option(metavar="COLUMN=VALUE", help="Adds what it took to get there: test_accuracy=0.97.")
+]
+
+
+def compare(
+    runs: RunsArgument,
+    target: TargetOption = None,
+    results: ResultsOption = Path("results"),
+    debug: DebugOption = False,  # read by `main`
+) -> None:
+    """Compares runs: accuracy, what it took to a target, means over seeds; of two, where they part."""
+    folders = paths_of(runs, results)
+    from fedsim import summaries
+    from fedsim.results import load_runs
+    from fedsim.targets import Target
+
+    goal = None if target is None else Target.parse(target)
+    found = load_runs(folders)
+    frame = summaries.summary(found, goal)
+    _say_runs(frame)
+    if goal is not None and frame["rounds_to_target"].isna().all():
+        console.print(f"no run has reached {goal}")
+    if len(frame) > frame["group"].nunique():
+        _say_groups(summaries.over_seeds(frame), "mean over seeds [95 % confidence]")
+    if len(differences := summaries.paired(frame)):
+        _say_groups(differences, f"difference to {differences['than'].iloc[0]}, by seed [95 % confidence]")
+    if len(found) == 2:
+        _say_parting(found)
+
+
+class Shown(NamedTuple):
+    """How a measure is shown."""
+
+    title: str
+    format: str
+    scale: float = 1.0
+
+    def text(self, value: float) -> str:
+        """A value; "-" where there is none."""
+        return "-" if math.isnan(value) else self.format.format(value * self.scale)
+
+
+_SHOWN = {
+    "final_accuracy": Shown("final", "{:.4f}"),
+    "best_accuracy": Shown("best", "{:.4f}"),
+    "rounds_to_target": Shown("rounds to target", "{:.1f}"),
+    "seconds_to_target": Shown("seconds to it", "{:.1f}"),
+    "bytes_to_target": Shown("MB to it", "{:.1f}", 1e-6),
+}
+
+
+def _say_runs(frame: pd.DataFrame) -> None:
+    """A row a run."""
+    measures = [name for name in _SHOWN if name in frame]
+    table = Table("run", "status", "rounds", "seconds", *(_SHOWN[name].title for name in measures), box=None)
+    for row in frame.to_dict("records"):
+        cells = [_SHOWN[name].text(row[name]) for name in measures]
+        table.add_row(row["run"], row["status"], str(row["rounds"]), f"{row['seconds']:.1f}", *cells)
+    console.print(table)
+
+
+def _say_groups(frame: pd.DataFrame, title: str) -> None:
+    """A row a group, a column a measure: its mean and interval, and of how many runs it is."""
+    measures = [name for name in _SHOWN if name in set(frame["measure"])]
+    table = Table(title, *(_SHOWN[name].title for name in measures), box=None)
+    for label, rows in frame.groupby("group", sort=False):
+        by_measure = {row["measure"]: row for row in rows.to_dict("records")}
+        table.add_row(str(label), *(_interval(by_measure.get(name), _SHOWN[name]) for name in measures))
+    console.print()
+    console.print(table)
+
+
+def _interval(row: Mapping[Any, Any] | None, shown: Shown) -> str:
+    if row is None or not row["number"]:
+        return "-"
+    bounds = "" if math.isnan(row["low"]) else f" [{shown.text(row['low'])}, {shown.text(row['high'])}]"
+    of = f" ({row['number']} of {row['of']})" if row.get("of", row["number"]) > row["number"] else ""
+    return shown.text(row["mean"]) + bounds + of
+
+
+def _say_parting(runs: Runs) -> None:
+    """Where two runs part, and in what their configurations and environments differ."""
+    from fedsim.comparison import parting, shown
+
+    one, other = runs
+    difference = parting(one, other)
+    console.print()
+    if difference is None:
+        last = [int(run.rounds["round"].max()) for run in runs]
+        where = f"in the {min(last) + 1} rounds from 0 to {min(last)} that both have" if last[0] != last[1] else ""
+        console.print(f"all results are equal, to the bit {where}".rstrip())
+    else:
+        was, now = shown(difference.recorded), shown(difference.computed)
+        console.print(f"they part in {difference.where}: {difference.column} is {was} and {now}")
+    table = Table("different in", one.name, other.name, box=None)
+    for key, values in _unlike(one, other):
+        table.add_row(key, *map(str, values))
+    if table.row_count:
+        console.print(table)
+
+
+def _unlike(one: Run, other: Run) -> Iterable[tuple[str, tuple[Any, Any]]]:
+    """Keys of the configuration and of run.json that are not the same, with both values."""
+    from fedsim.config.changes import flat
+
+    kept = ("versions", "machine", "git_commit", "engine", "data", "own", "device", "numerics_fingerprint", "placement")
+    told = [dict(flat({key: run.info.get(key) for key in kept})) for run in (one, other)]
+    for values in ([dict(flat(run.config.to_dict())) for run in (one, other)], told):
+        for key in dict.fromkeys([*values[0], *values[1]]):
+            pair = values[0].get(key, "-"), values[1].get(key, "-")
+            if pair[0] != pair[1] and not key.startswith("placement.reasons"):
+                yield key, pair

@@ -1,0 +1,133 @@
+"""`fedsim compare` and what it rests on: runs named in every way, tables, and where two runs part."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+import fedsim
+from fedsim import cli
+from fedsim.comparison import parting
+from fedsim.errors import RunFolderError
+from fedsim.run_folder import paths_of
+from tests.helpers import SERIAL
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A run, a longer one, one with another rate from which it parts, and a sweep."""
+    folder = tmp_path_factory.mktemp("results")
+    fedsim.run(SERIAL, results=folder, name="short")
+    fedsim.run(SERIAL.override({"rounds": 5}), results=folder, name="long")
+    fedsim.run(SERIAL.override({"training.lr": 0.3}), results=folder, name="other-rate")
+    fedsim.sweep(SERIAL, {"training.lr": [0.1, 0.3]}, [0, 1, 2], results=folder, name="swept")
+    return folder
+
+
+def compare(results, *words):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["compare", "--results", str(results), *words])
+    return ended.value.code
+
+
+def test_one_run(results, capsys):
+    assert compare(results, "short") == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["run", "status", "rounds", "seconds", "final", "best"]
+    accuracy = fedsim.load_run(results / "short").rounds["test_accuracy"]
+    assert row.split()[:3] == ["short", "finished", "3"]
+    assert row.split()[4:] == [f"{accuracy.iloc[-1]:.4f}", f"{accuracy.max():.4f}"]
+
+
+def test_equal_runs(results, capsys):
+    assert compare(results, "short", "long") == 0
+    said = capsys.readouterr().out
+    assert "all results are equal, to the bit in the 4 rounds from 0 to 3 that both have" in said
+    assert "rounds        3      5" in said
+    assert "they part" not in said
+
+
+def test_two_runs_part_in_the_first_client_that_trained_otherwise(results, capsys):
+    assert compare(results, "short", str(results / "other-rate")) == 0
+    said = capsys.readouterr().out
+    first = fedsim.load_run(results / "short").clients["client_id"].iloc[0]
+    assert f"they part in round 1, client {first}: train_loss is" in said
+    assert "training.lr   0.1    0.3" in said
+    assert "difference to training.lr=0.1, by seed" in said
+
+
+def test_runs_of_other_seeds_part_in_the_initial_weights(results):
+    one, other = (fedsim.load_run(results / "swept" / f"lr-0.1_seed-{seed}") for seed in (0, 1))
+    difference = parting(one, other)
+    assert (difference.round, difference.client_id) == (0, None)
+
+
+def test_what_parts_is_what_was_changed(results, tmp_path):
+    """A row that is changed by hand is found, whatever the column and place."""
+    one = fedsim.run(SERIAL, results=tmp_path, name="one")
+    assert parting(one, fedsim.load_run(results / "short")) is None
+    part = max((one.path / "clients.parquet").glob("part-0*"))
+    frame = pd.read_parquet(part)
+    place = frame.index[frame["round"] == 2][1]
+    frame.loc[place, "cosine_to_mean"] += 1e-15
+    frame.to_parquet(part)
+    difference = parting(one, fedsim.load_run(results / "short"))
+    assert (difference.round, difference.column) == (2, "cosine_to_mean")
+    assert difference.client_id == frame.loc[place, "client_id"]
+
+
+def test_environments_that_differ_are_named(results, tmp_path, capsys):
+    run = fedsim.run(SERIAL, results=tmp_path, name="elsewhere")
+    info = json.loads((run.path / "run.json").read_text())
+    info["versions"]["torch"], info["numerics_fingerprint"] = "1.0", "f" * 16
+    (run.path / "run.json").write_text(json.dumps(info))
+    assert compare(results, "short", str(run.path)) == 0
+    said = capsys.readouterr().out
+    assert "versions.torch" in said
+    assert "numerics_fingerprint" in said
+    assert "started_at" not in said
+
+
+def test_a_sweep_is_compared_by_groups(results, capsys):
+    assert compare(results, "swept", "--target", "test_accuracy=0.5") == 0
+    said = capsys.readouterr().out
+    assert said.count("lr-0.1_seed-") == 3
+    assert "mean over seeds [95 % confidence]" in said
+    assert "training.lr=0.3" in said
+    assert "difference to training.lr=0.1, by seed" in said
+    assert "rounds to target" in said
+    assert "they part" not in said
+
+
+def test_a_target_that_nobody_reached_is_said(results, capsys):
+    assert compare(results, "short", "--target", "test_accuracy=0.9999") == 0
+    said = capsys.readouterr().out
+    assert "no run has reached test_accuracy=0.9999" in said
+    assert said.splitlines()[1].split()[-3:] == ["-", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing"], "'nothing' is not a run"),
+        (["short", "--target", "accuracy=1"], "'accuracy' cannot be a target"),
+        (["short", "--target", "0.97"], "write it as test_accuracy=0.97"),
+        (["."], "'.' is not a run"),
+    ],
+)
+def test_bad_input(results, capsys, words, said, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert compare(tmp_path if "." in words else results, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_runs_are_named_by_path_name_or_their_folder(results, monkeypatch):
+    inside = sorted((results / "swept").iterdir())
+    assert paths_of(["swept"], results) == inside
+    assert paths_of([str(results / "swept"), "short", "short"], results) == [*inside, results / "short"]
+    monkeypatch.chdir(results)
+    assert [path.name for path in paths_of(["."], results)] == ["long", "other-rate", "short"]
+    with pytest.raises(RunFolderError, match="neither a run's folder nor a name"):
+        paths_of(["short", "elsewhere"], results)
