@@ -92,14 +92,13 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
         (path / "run.json").write_text(json.dumps(interrupted))
         monkeypatch.setattr("fedsim.rerun.prepare", stop)
     if words[0] == "compare":
-        named = [word for word in words[1 : words.index("--target") if "--target" in words else None]]
-        for name in named:
+        for name in words[1 : words.index("--target") if "--target" in words else None]:
             fedsim.run(fedsim.Config().override({"data.dataset": "synthetic", "placement.mode": "serial"}), name=name)
     (tmp_path / "my.toml").write_text(fedsim.preset("mnist").to_toml())
     monkeypatch.setattr("fedsim.launch.early_ray", stop)
     monkeypatch.setattr("fedsim.datasets.fetch", lambda name: seen.append(name))
+    monkeypatch.setattr("fedsim.sweeps.prepare", stop)  # before its source: it would be imported with that
     monkeypatch.setattr("fedsim.experiment.prepare", stop)
-    monkeypatch.setattr("fedsim.sweeps.prepare", stop)
     with pytest.raises(SystemExit) as ended:
         cli.main(words)
     starts = ("run", "plan", "verify", "replay", "resume", "sweep")
