@@ -3,6 +3,7 @@
     python scripts/reproduce_mcmahan2017.py                          # goes on until all is done: days on two cores
     python scripts/reproduce_mcmahan2017.py --hours 2                # for so long; a later call goes on from there
     python scripts/reproduce_mcmahan2017.py --cells 'table1-2nn-*'   # these
+    python scripts/reproduce_mcmahan2017.py --variants               # one cell, with one thing changed at a time
     python scripts/reproduce_mcmahan2017.py --report                 # runs nothing; the tables and plots anew
 
 What is run, and what counts as agreement, says scripts/mcmahan2017/plan.toml. Cells come in the order of their cost.
@@ -25,7 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
-from mcmahan2017 import page, plan
+from mcmahan2017 import page, plan, variants
 from mcmahan2017.search import Task, next_tasks
 from mcmahan2017.store import Store
 from mcmahan2017.work import Finished, work
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", default="*", metavar="PATTERN", help="of these names, as a shell matches files")
     parser.add_argument("--hours", type=float, default=float("inf"), help="ends after so long")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; a core each")
+    parser.add_argument("--variants", action="store_true", help="what explains a difference, instead of the cells")
     parser.add_argument("--report", action="store_true", help="only writes the page anew")
     parser.add_argument("--output", type=Path, default=PUBLISHED, metavar="DIR")
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="for unfinished runs")
@@ -92,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not cells:
         parser.error(f"no cell {args.cells!r}; there are {', '.join(cell.name for cell in the_plan.cells)}")
     store = Store(args.output)
-    if not args.report:
+    if args.variants:
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            variants.measure(next(cell for cell in the_plan.cells if cell.name == variants.CELL), args.output, pool)
+    elif not args.report:
         reproduce(the_plan, cells, store, args.runs, min(time.time() + 3600 * args.hours, 1e12), args.jobs)
     page.write(the_plan, store)
     print(args.output / "README.md")

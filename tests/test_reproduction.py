@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import replace
 
+import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reproduce_mcmahan2017
+from fedsim import datasets
 from fedsim.experiment import prepare
+from mcmahan2017 import page, variants
 from mcmahan2017 import plan as plans
-from mcmahan2017.search import Done, chosen_rate, next_tasks
+from mcmahan2017.search import Done, Task, chosen_rate, next_tasks
+from mcmahan2017.store import Store
+from mcmahan2017.work import Finished, work
 
 PLAN = plans.read()
 CELLS = {cell.name: cell for cell in PLAN.cells}
@@ -121,3 +130,147 @@ def test_the_search_ends_and_finds_the_best(best_step, scale):
     assert len(runs) <= PLAN.max_rates
     if len(runs) < PLAN.max_rates:
         assert plans.step_of(found) == best_step
+
+
+def finished(cell, rate, seed, rounds_to_target):
+    row = {"cell": cell.name, "lr": rate, "seed": seed, "rounds_to_target": rounds_to_target, "best_accuracy": 0.9}
+    row |= {"rounds": 3, "seconds": 1.0, "machine": "a machine", "versions": "some versions"}
+    key = {"cell": cell.name, "lr": rate, "seed": seed}
+    curve = pd.DataFrame({"round": [0, 1, 2, 3], "test_accuracy": [0.1, 0.9, 0.95, 0.98]}).assign(**key)
+    return Finished(row, curve.astype({"test_accuracy": "float32"}))
+
+
+def store_of(folder, cell, verdict):
+    """A store with a search whose best rate is 0.1, and these rounds of seeds 1, 2, ... ."""
+    store = Store(folder)
+    for rate, rounds in ((0.1, 80.0), (0.215, math.nan), (0.0464, math.nan)):
+        store.add(finished(cell, rate, 0, rounds))
+    for seed, rounds in enumerate(verdict, start=1):
+        store.add(finished(cell, 0.1, seed, rounds))
+    return store
+
+
+@pytest.mark.parametrize(
+    ("verdict", "expected", "ratio"),
+    [
+        ([87.0, 80.0, 94.0], "inside", 1.0),
+        ([0.8 * 87] * 3, "inside", 0.8),
+        ([0.79 * 87] * 3, "outside", 0.79),
+        ([1.26 * 87] * 3, "outside", 1.26),
+        ([87.0, 87.0, math.nan], "outside", math.nan),
+        ([87.0, 87.0], "running", math.nan),
+    ],
+)
+def test_verdicts_by_hand(tmp_path, verdict, expected, ratio):
+    found = page.outcome(PLAN, CELL, store_of(tmp_path, CELL, verdict))
+    assert found.verdict == expected
+    assert found.ratio == pytest.approx(ratio, nan_ok=True)
+    assert found.rate == 0.1
+
+
+def test_cells_without_a_published_number_have_no_ratio(tmp_path):
+    cell = CELLS["table1-2nn-iid-E1-Binf-C0.5"]
+    store = Store(tmp_path)
+    for rate, rounds in ((0.215, 900.0), (0.1, math.nan), (0.464, math.nan)):
+        store.add(finished(cell, rate, 0, rounds))
+    for seed in (1, 2, 3):
+        store.add(finished(cell, 0.215, seed, 900.0))
+    assert page.outcome(PLAN, cell, store).verdict == "reached"
+    assert page.outcome(PLAN, CELL, store).verdict == "not run"
+
+
+def test_the_page_is_made_from_the_files(tmp_path):
+    page.write(PLAN, store_of(tmp_path, CELL, [87.0, 80.0, 94.0]))
+    text = (tmp_path / "README.md").read_text()
+    assert "**1 of 53 published numbers have been run to a verdict: 1 inside the band, 0 outside.**" in text
+    assert "| IID, 1, 10, 0.1 | 87 | 87.0 [69.6, 104.4] | 1.00 | 0.1 | inside |" in text
+    assert text.count("| not run |") == 57
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    page.write(PLAN, Store(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+SMALL = replace(CELL, target=0.5)
+
+
+class Small:
+    """A cell on synthetic data, in one of whose rounds the target is reached."""
+
+    def __init__(self, changes):
+        self.changes = changes
+
+    def __getattr__(self, name):
+        return getattr(SMALL, name)
+
+    def config(self, rate, seed, rounds):
+        changes = {"data.dataset": "synthetic", "model.name": "logistic", "clients.count": 10, "clients.per_round": 5}
+        return SMALL.config(rate, seed, rounds).override(changes | self.changes)
+
+
+def test_a_run_is_made_goes_on_and_comes_to_its_end(tmp_path, monkeypatch):
+    task = Task(Small({"training.lr": 0.02}), "search", 0.02, 0, 30)
+    whole = work(task, tmp_path / "whole", time.time() + 100)
+    assert whole.row["rounds_to_target"] <= whole.row["rounds"] < 30
+    assert whole.curve["round"].tolist() == list(range(whole.row["rounds"] + 1))
+    assert (whole.row["cell"], whole.row["lr"], whole.row["seed"]) == (CELL.name, 0.02, 0)
+    assert work(task, tmp_path / "late", time.time()) is None
+    import fedsim
+
+    write = fedsim.results.RunWriter.write
+
+    def stopping(self, record, *rest, **named):
+        write(self, record, *rest, **named)
+        if record.round == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedsim.results.RunWriter, "write", stopping)
+        assert work(task, tmp_path / "broken", time.time() + 100) is None
+    again = work(task, tmp_path / "broken", time.time() + 100)
+    assert again.row["weights_sha256"] == whole.row["weights_sha256"]
+    assert again.curve.equals(whole.curve)
+
+
+def test_a_rate_that_diverges_has_not_reached_it(tmp_path):
+    task = Task(Small({"training.lr": 1e30, "model.name": "mlp"}), "search", 1e30, 0, 30)
+    found = work(task, tmp_path, time.time() + 100)
+    assert math.isnan(found.row["rounds_to_target"])
+    assert found.row["status"] == "failed"
+
+
+def test_a_bug_is_not_taken_for_that(tmp_path):
+    task = Task(Small({"data.dataset": "nothing"}), "search", 0.1, 0, 30)
+    with pytest.raises(Exception, match="nothing"):
+        work(task, tmp_path, time.time() + 100)
+
+
+@pytest.mark.parametrize(
+    ("make", "deviations", "bias"),
+    [
+        (variants.glorot, [0.045, 0.071, 0.098], 0.0),
+        (variants.tutorial, [0.088] * 3, 0.1),
+        (variants.he, [0.0505, 0.1, 0.1], 0),
+    ],
+)
+def test_initialisations_by_hand(make, deviations, bias):
+    """Glorot uniform: sqrt(2 / (in + out)); a normal cut at two deviations keeps 0.88 of its own; He: sqrt(2 / in)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [layer for layer in make((1, 28, 28), 10) if isinstance(layer, torch.nn.Linear)]
+    assert [float(layer.weight.std()) for layer in layers] == pytest.approx(deviations, rel=0.05)
+    assert all(bool((layer.bias == bias).all()) for layer in layers)
+
+
+@pytest.mark.mnist
+def test_pixels_are_scaled_as_said():
+    data, plain = variants.VARIANTS["pixels of mean 0 and deviation 1"]["dataset"](), datasets.load("mnist")
+    assert float(data.train_images.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(data.train_images.std()) == pytest.approx(1, abs=1e-3)
+    assert (data.train_labels == plain.train_labels).all()
+
+
+def test_unknown_cells_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        reproduce_mcmahan2017.main(["--cells", "table3-*"])
+    assert ended.value.code == 2
+    assert "no cell 'table3-*'; there are table" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""The plots of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mcmahan2017.plan import Plan
+from mcmahan2017.store import Store
+
+if TYPE_CHECKING:
+    from mcmahan2017.page import Outcome
+
+RATIOS = "ratios.svg"
+CURVES = "curves.svg"
+_COLORS = {0.0: "#d55e00", 0.1: "#0072b2", 0.2: "#009e73", 0.5: "#cc79a7", 1.0: "#5c5c5c"}
+
+
+def write(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> None:
+    """Draws both."""
+    figures = {RATIOS: _ratios(plan, outcomes), CURVES: _curves(store, outcomes)}
+    with mpl.rc_context({"svg.hashsalt": "fedsim", "svg.fonttype": "none"}):  # equal data, equal file
+        for name, figure in figures.items():
+            figure.savefig(store.folder / name, metadata={"Date": None})
+
+
+def _ratios(plan: Plan, outcomes: Sequence[Outcome]) -> Figure:
+    """A point a cell with a verdict, its interval, and the band."""
+    shown = sorted((each for each in outcomes if each.rounds and each.cell.published), key=lambda each: each.cell.name)
+    figure = Figure(figsize=(8, 1.2 + 0.26 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for place, each in enumerate(shown):
+        low, high = plan.band(each.cell)
+        axes.fill_betweenx([place - 0.4, place + 0.4], low, high, color="#dfe9f2", linewidth=0)
+        assert each.rounds is not None
+        ends = [bound / each.cell.published for bound in (each.rounds.low, each.rounds.high)]
+        color = "#0072b2" if each.verdict == "inside" else "#d55e00"
+        axes.plot([max(ends[0], 0.05), ends[1]], [place, place], color=color, linewidth=1)
+        axes.plot(each.ratio, place, "o" if each.verdict == "inside" else "s", color=color, markersize=5)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="dotted")
+    axes.set_xscale("log")
+    axes.set_xlim(0.2, 2.5)
+    axes.set_xticks([0.25, 0.5, 0.8, 1, 1.25, 2], ["0.25", "0.5", "0.8", "1", "1.25", "2"])
+    axes.set_xticks([], minor=True)
+    axes.set_yticks(range(len(shown)), [each.cell.name.replace("-", " ") for each in shown], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("our rounds to the target over the paper's (shaded: the band; square: outside)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _curves(store: Store, outcomes: Sequence[Outcome]) -> Figure:
+    """The best test accuracy so far by round: the 2NN of Table 1, all seeds of the verdict."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    panels = figure.subplots(2, 2)
+    kinds = [("iid", 10), ("shards", 10), ("iid", 0), ("shards", 0)]
+    for axes, (partition, batch_size) in zip(panels.flat, kinds, strict=True):
+        for each in outcomes:
+            cell = each.cell
+            if (cell.table, cell.model, cell.partition, cell.batch_size) == (1, "2nn", partition, batch_size):
+                _draw(axes, store, each)
+        axes.axhline(0.97, color="black", linewidth=0.8, linestyle="dotted")
+        axes.set_ylim(0.8, 0.98)
+        axes.set_xscale("log")
+        axes.set_title(f"2NN, {'IID' if partition == 'iid' else 'non-IID'}, B = {batch_size or 'inf'}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    figure.supxlabel("round", fontsize=9)
+    figure.supylabel("best test accuracy so far", fontsize=9)
+    return figure
+
+
+def _draw(axes: Axes, store: Store, each: Outcome) -> None:
+    rows = store.curves[(store.curves["cell"] == each.cell.name) & (store.curves["lr"] == each.rate)]
+    color = _COLORS[each.cell.per_round]
+    for number, (_, curve) in enumerate(rows[rows["seed"] > 0].groupby("seed")):
+        label = f"C = {each.cell.per_round:g}" if number == 0 else None
+        axes.plot(curve["round"], curve["test_accuracy"].cummax(), color=color, linewidth=1, label=label)
+    if each.cell.published and len(rows):
+        axes.plot(each.cell.published, 0.97, "x", color=color)
