@@ -159,7 +159,8 @@ def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     """A value in a name: what is not allowed there is left out."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{value:g}" if isinstance(value, float) else str(value))
+    text = f"{value:g}".replace("e+", "e") if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
 def _member(folder: Path, config: Config, stop_at: Sequence[Target]) -> Member:

@@ -177,6 +177,8 @@ def test_names_tell_keys_apart(tmp_path):
 
 def test_a_value_is_made_a_name(tmp_path):
     runs = found(tmp_path, {"clients.per_round": ["all", 2, 0.5], "training.weight_decay": [1e-05]})
+    (big,) = found(tmp_path, {"training.lr": [1e30]})
+    assert big.folder.name == "lr-1e30_seed-0"
     assert [member.folder.name for member in runs] == [
         f"per_round-{cohort}_weight_decay-1e-05_seed-0" for cohort in ("all", "2", "0.5")
     ]
