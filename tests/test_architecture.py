@@ -29,6 +29,7 @@ LAYERS = (
         "partition",
         "sampling",
         "metrics",
+        "fairness",
         "environment",
     ),
     ("numerics", "weights", "strategies", "server_state", "models", "training"),
