@@ -15,6 +15,9 @@ import pyarrow as pa
 SCHEMA_VERSION = 2
 """Grows when columns are added: `Column.since`."""
 
+VERSION_KEY = b"fedsim_schema_version"
+"""Of the schema's metadata in every part."""
+
 ClientStatus = Literal["completed", "failed", "rejected", "dropped"]
 
 
@@ -111,7 +114,7 @@ def _schema(columns: tuple[Column, ...]) -> pa.Schema:
         kind = "observation" if column.is_observation else "result"
         metadata = {"unit": column.unit, "kind": kind, "description": column.description}
         fields.append(pa.field(column.name, column.type, metadata=metadata))
-    return pa.schema(fields, metadata={"fedsim_schema_version": str(SCHEMA_VERSION)})
+    return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION)})
 
 
 ROUND_SCHEMA = _schema(ROUND_COLUMNS)

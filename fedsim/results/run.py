@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from fedsim import checkpoint, models
 from fedsim.config import Config
 from fedsim.config.tables import lookup
-from fedsim.errors import FedsimWarning, RunFolderError
+from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError
 from fedsim.metrics import RoundRecord, table
 from fedsim.numerics import numerics
-from fedsim.results.parts import SCHEMAS
+from fedsim.results import parts
 from fedsim.run_folder import is_live, read_info, read_run
 from fedsim.weights import Layout
 
@@ -46,12 +46,20 @@ class Run:
 
     @property
     def rounds(self) -> pd.DataFrame:
-        """One row a round, columns as `fedsim.metrics.ROUND_COLUMNS`; read afresh from a run still going."""
+        """One row a round, columns as `fedsim.metrics.ROUND_COLUMNS`; read afresh from a run still going.
+
+        Of a run of an older fedsim, columns that came later are null. A damaged part file is left out, with a
+        `FedsimWarning` that names it.
+
+        Raises:
+            NewerVersionError: a part file is of a newer fedsim.
+            RunFolderError: there are no part files.
+        """
         return self._frame("rounds")
 
     @property
     def clients(self) -> pd.DataFrame:
-        """One row a sampled client a round, columns as `fedsim.metrics.CLIENT_COLUMNS`."""
+        """One row a sampled client a round, columns as `fedsim.metrics.CLIENT_COLUMNS`; read as `rounds`."""
         return self._frame("clients")
 
     @property
@@ -108,16 +116,16 @@ class Run:
         return module
 
     def _frame(self, kind: str) -> pd.DataFrame:
-        import pandas as pd
-
         if self.path is not None:
-            frame: pd.DataFrame = pd.read_parquet(self.path / f"{kind}.parquet")
-            return frame
-        if kind == "rounds":
-            rows = [record.row(self.name) for record in self._records]
+            rows, damage = parts.read(self.path, kind)
+            for problem in damage:
+                warnings.warn(f"{problem}; its rows are left out", FedsimWarning, stacklevel=3)
+        elif kind == "rounds":
+            rows = table([record.row(self.name) for record in self._records], parts.SCHEMAS[kind])
         else:
-            rows = [client.row(self.name) for record in self._records for client in record.clients]
-        frame = table(rows, SCHEMAS[kind]).to_pandas()
+            clients = [client for record in self._records for client in record.clients]
+            rows = table([client.row(self.name) for client in clients], parts.SCHEMAS[kind])
+        frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # see `parts`
         return frame
 
 
@@ -147,17 +155,27 @@ class Runs(tuple[Run, ...]):
 
     @property
     def rounds(self) -> pd.DataFrame:
-        """As `Run.rounds`, of all runs."""
-        import pandas as pd
-
-        return pd.concat([run.rounds for run in self], ignore_index=True)
+        """As `Run.rounds`, of all runs; one without part files is left out, with a `FedsimWarning`."""
+        return self._frame("rounds")
 
     @property
     def clients(self) -> pd.DataFrame:
-        """As `Run.clients`, of all runs."""
+        """As `Run.clients`, of all runs, likewise."""
+        return self._frame("clients")
+
+    def _frame(self, kind: str) -> pd.DataFrame:
         import pandas as pd
 
-        return pd.concat([run.clients for run in self], ignore_index=True)
+        frames, damage = [], []
+        for run in self:
+            try:
+                frames.append(run._frame(kind))
+            except NewerVersionError:
+                raise
+            except RunFolderError as error:
+                damage.append(error)
+        _warn_of(damage, frames)
+        return pd.concat(frames, ignore_index=True)
 
 
 def find_runs(results: Path) -> list[Path]:
@@ -166,17 +184,36 @@ def find_runs(results: Path) -> list[Path]:
 
 
 def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
-    """Many runs at once; folders that are no run are skipped.
+    """Many runs at once; folders that are no run are skipped, damaged runs too, with a `FedsimWarning` for each.
 
     Args:
         paths: a pattern such as "results/*", or folders.
 
     Raises:
+        NewerVersionError: one is of a newer fedsim.
         RunFolderError: not one of them is a run.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     folders = [Path(match) for path in given for match in sorted(glob.glob(os.fspath(path)))]  # noqa: PTH207 - absolute patterns too
-    found = Runs(load_run(folder) for folder in folders if read_info(folder) is not None)
+    found, damage = [], []
+    for folder in folders:
+        if read_info(folder) is None:
+            continue
+        try:
+            found.append(load_run(folder))
+        except NewerVersionError:
+            raise
+        except InputError as error:
+            damage.append(RunFolderError(f"{folder} cannot be read: {error}"))
+    _warn_of(damage, found)
     if not found:
         raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; `fedsim runs` lists them")
-    return found
+    return Runs(found)
+
+
+def _warn_of(damage: Sequence[RunFolderError], readable: Sequence[Any]) -> None:
+    """Names the runs of several that cannot be read; where no other can, the first is an error."""
+    if damage and not readable:
+        raise damage[0]
+    for problem in damage:
+        warnings.warn(f"{problem}; this run is left out", FedsimWarning, stacklevel=3)
