@@ -60,6 +60,10 @@ class ClientUpdate:
     stack_size: int
     pid: int
     node: str
+    before: Evaluation | None
+    """Of the global weights on the client's own shard; None where clients are not evaluated."""
+    after: Evaluation | None
+    """Of its own weights, likewise; None also where they are not finite."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class ClientSpec:
     """loop or stacked."""
     stack_size: int = 1
     """At most so many clients of a host train in one computation; the bits do not depend on it."""
+    evaluates: bool = False
+    """Whether clients test the weights on their own shards before and after training."""
 
 
 class ClientHost:
@@ -174,6 +180,12 @@ class ClientHost:
         local, integers = trained.weights.arrays()
         np.subtract(local, global_weights.flat.numpy(), out=update)
         norm = weights.l2_norm(torch.from_numpy(update))
+        is_finite = math.isfinite(norm)  # it is so exactly if all values are: float64 holds their squares
+        before = after = None
+        if self.spec.evaluates:
+            shard = self._own_examples(task.client_id)
+            before = self._evaluate_on(shard, task, global_weights)
+            after = self._evaluate_on(shard, task, trained.weights) if is_finite else None
         return ClientUpdate(
             client_id=task.client_id,
             num_examples=len(self.partition.shard(task.client_id)),
@@ -183,12 +195,37 @@ class ClientHost:
             integers=integers,
             update_l2_norm=norm,
             update_sha256=weights.sha256(update, integers),
-            is_finite=math.isfinite(norm),  # it is so exactly if all values are: float64 holds their squares
+            is_finite=is_finite,
             fit_s=fit_s,
             stack_size=stack_size,
             pid=os.getpid(),
             node=platform.node(),
+            before=before,
+            after=after,
         )
+
+    def _own_examples(self, client_id: int) -> training.Examples:
+        """A client's shard, in its order."""
+        shard = weights.read_only_tensor(self.partition.shard(client_id)).to(self.device)
+        return training.Examples(
+            self.train_set.images.index_select(0, shard), self.train_set.labels.index_select(0, shard)
+        )
+
+    def _evaluate_on(self, shard: training.Examples, task: FitTask, tested: Weights) -> Evaluation:
+        """Tests weights on a client's shard; always one client at a time, so that no bit depends on its neighbours.
+
+        Raises:
+            ClientError: the model raised.
+        """
+        pieces = _chunks(len(shard.labels))
+        try:
+            seeds = [
+                torch_seed("client_evaluation", self.spec.seed, round=task.round, client=task.client_id, epoch=start)
+                for start, _ in pieces
+            ]
+            return total(self._engine.evaluate(tested, shard, pieces, seeds))
+        except Exception:  # noqa: BLE001 - whatever the model raised, with its traceback
+            raise ClientError(task.round, task.client_id, traceback.format_exc()) from None
 
     def _work(self, task: FitTask) -> Work:
         """For each local epoch a fresh permutation of the shard."""
@@ -217,7 +254,10 @@ def _engine(spec: ClientSpec, module: nn.Module) -> Engine:
 
 def evaluation_chunks(dataset: Dataset) -> list[Chunk]:
     """The fixed pieces [start, stop) in which the test set is evaluated."""
-    size = len(dataset.test_labels)
+    return _chunks(len(dataset.test_labels))
+
+
+def _chunks(size: int) -> list[Chunk]:
     return [
         (start, min(start + training.EVALUATION_CHUNK, size)) for start in range(0, size, training.EVALUATION_CHUNK)
     ]

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.errors import RunFolderError, first_line
+from fedsim.errors import RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRecord, RoundRecord
-from fedsim.results import Run
+from fedsim.results import Run, read
 
 _Rows = Mapping[int, Mapping[str, Any]]
 _KEYS = ("run", "round", "client_id")
@@ -48,17 +48,19 @@ class Recorded:
         rounds: round -> its row.
 
     Raises:
-        RunFolderError: a file is missing or damaged.
+        RunFolderError: a file is missing, damaged, or of a newer fedsim.
     """
 
     def __init__(self, run: Run) -> None:
-        try:
-            rounds = run.rounds  # before the clients: a round's row is written last
-            self._clients = run.clients
-            self.rounds: dict[int, dict[str, Any]] = {row["round"]: _named(row) for row in rounds.to_dict("records")}
-            self._clients["round"]
-        except (OSError, ValueError, KeyError) as error:  # Arrow's errors are ValueErrors
-            raise RunFolderError(f"the records of {run.path} cannot be read: {first_line(error)}") from None
+        assert run.path is not None, "it is on disk"
+        frames = []
+        for kind in ("rounds", "clients"):  # in this order: a round's row is written last
+            rows, damage = read(run.path, kind)
+            if damage:
+                raise RunFolderError(f"the records of {run.path} cannot be compared: {damage[0]}")
+            frames.append(rows.to_pandas(use_threads=False))
+        rounds, self._clients = frames
+        self.rounds: dict[int, dict[str, Any]] = {row["round"]: _named(row) for row in rounds.to_dict("records")}
 
     @property
     def last(self) -> int:

@@ -43,6 +43,10 @@ class RunExistsError(RunFolderError):
     """Another run took the name first."""
 
 
+class NewerVersionError(RunFolderError):
+    """A run, or a file of it, was written by a newer fedsim: nothing is wrong with it."""
+
+
 class RunFailedError(FedsimError):
     """The run started and could not be finished; its finished rounds stay readable."""
 

@@ -115,7 +115,14 @@ def prepare(
         cohort_size=cohort_size,
         strategy=strategy,
         spec=ClientSpec(
-            config.training, config.seed, factory, data.input_shape, data.num_classes, config.placement.threads, engine
+            config.training,
+            config.seed,
+            factory,
+            data.input_shape,
+            data.num_classes,
+            config.placement.threads,
+            engine,
+            evaluates=config.evaluation.clients,
         ),
         layout=layout,
         initial_weights=initial_weights,

@@ -12,19 +12,27 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Grows when columns are added: `Column.since`."""
+
+VERSION_KEY = b"fedsim_schema_version"
+"""Of the schema's metadata in every part."""
 
 ClientStatus = Literal["completed", "failed", "rejected", "dropped"]
 
 
 class Column(NamedTuple):
-    """One column: its Arrow type, unit ("" for none), meaning, and whether equal runs may differ in it."""
+    """One column: its Arrow type, unit ("" for none), meaning, and whether equal runs may differ in it.
+
+    `since` is the schema version that added it.
+    """
 
     name: str
     type: pa.DataType
     unit: str
     description: str
     is_observation: bool = False
+    since: int = 1
 
 
 _COUNT, _FLOAT, _TEXT, _TIME = pa.int64(), pa.float64(), pa.string(), pa.timestamp("us", tz="UTC")
@@ -43,6 +51,28 @@ ROUND_COLUMNS = (
     Column("train_loss", _FLOAT, "nats", "example-weighted mean of the completed clients' train_loss"),
     Column("test_loss", _FLOAT, "nats", "mean on the test set after aggregation; null where not evaluated"),
     Column("test_accuracy", _FLOAT, "fraction", "on the test set after aggregation; null where not evaluated"),
+    Column(
+        "accuracy_before_mean",
+        _FLOAT,
+        "fraction",
+        "mean of the completed clients' accuracy_before, each counting once",
+        since=2,
+    ),
+    Column("accuracy_before_worst_decile", _FLOAT, "fraction", "mean of the worst tenth of them", since=2),
+    Column(
+        "accuracy_before_variance", _FLOAT, "", "population variance of the completed clients' accuracy_before", since=2
+    ),
+    Column(
+        "accuracy_after_mean",
+        _FLOAT,
+        "fraction",
+        "mean of the completed clients' accuracy_after, each counting once",
+        since=2,
+    ),
+    Column("accuracy_after_worst_decile", _FLOAT, "fraction", "mean of the worst tenth of them", since=2),
+    Column(
+        "accuracy_after_variance", _FLOAT, "", "population variance of the completed clients' accuracy_after", since=2
+    ),
     Column("update_l2_norm", _FLOAT, "", "length of the step the server took"),
     Column("bytes_down", _COUNT, "bytes", "weights sent to the sampled clients"),
     Column("bytes_up", _COUNT, "bytes", "updates received from the completed clients"),
@@ -61,6 +91,10 @@ CLIENT_COLUMNS = (
     Column("num_examples", _COUNT, "examples", "of the client's shard"),
     Column("num_steps", _COUNT, "steps", "of local SGD"),
     Column("train_loss", _FLOAT, "nats", "mean over the examples processed, each before its step"),
+    Column("loss_before", _FLOAT, "nats", "on its own shard, before training; null where not finite", since=2),
+    Column("accuracy_before", _FLOAT, "fraction", "on its own shard, before training", since=2),
+    Column("loss_after", _FLOAT, "nats", "on its own shard, after training; null where not finite", since=2),
+    Column("accuracy_after", _FLOAT, "fraction", "on its own shard, after training; null where rejected", since=2),
     Column("update_l2_norm", _FLOAT, "", "length of the client's update"),
     Column("cosine_to_mean", _FLOAT, "", "between the client's update and the round's weighted mean, -1 to 1"),
     Column("update_sha256", _TEXT, "", "hash of the client's update"),
@@ -80,7 +114,7 @@ def _schema(columns: tuple[Column, ...]) -> pa.Schema:
         kind = "observation" if column.is_observation else "result"
         metadata = {"unit": column.unit, "kind": kind, "description": column.description}
         fields.append(pa.field(column.name, column.type, metadata=metadata))
-    return pa.schema(fields, metadata={"fedsim_schema_version": str(SCHEMA_VERSION)})
+    return pa.schema(fields, metadata={VERSION_KEY: str(SCHEMA_VERSION)})
 
 
 ROUND_SCHEMA = _schema(ROUND_COLUMNS)
@@ -97,6 +131,10 @@ class ClientRecord:
     num_examples: int
     num_steps: int | None
     train_loss: float | None
+    loss_before: float | None
+    accuracy_before: float | None
+    loss_after: float | None
+    accuracy_after: float | None
     update_l2_norm: float | None
     cosine_to_mean: float | None
     update_sha256: str | None
@@ -129,6 +167,12 @@ class RoundRecord:
     train_loss: float | None = None
     test_loss: float | None = None
     test_accuracy: float | None = None
+    accuracy_before_mean: float | None = None
+    accuracy_before_worst_decile: float | None = None
+    accuracy_before_variance: float | None = None
+    accuracy_after_mean: float | None = None
+    accuracy_after_worst_decile: float | None = None
+    accuracy_after_variance: float | None = None
     update_l2_norm: float | None = None
     bytes_down: int = 0
     bytes_up: int = 0

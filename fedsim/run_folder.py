@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from fedsim.config import RUN_NAME, Config
 from fedsim.config.changes import changed
-from fedsim.errors import RunFolderError
+from fedsim.errors import NewerVersionError, RunFolderError
 
 RUN_VERSION = 1
 
@@ -121,7 +121,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
     """What run.json and config.toml say, and what is wrong with the second: None where it is as fedsim wrote it.
 
     Raises:
-        RunFolderError: the folder is not a run of fedsim, of a newer version, or its run.json is damaged.
+        NewerVersionError: the run is of a newer fedsim.
+        RunFolderError: the folder is not a run of fedsim, or its run.json is damaged.
         ConfigError: config.toml cannot be read.
     """
     info, path = read_info(folder), folder / "config.toml"
@@ -129,7 +130,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
         raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's, or a damaged one")
     version = info["fedsim_run"]
     if not isinstance(version, int) or version > RUN_VERSION:
-        raise RunFolderError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
+        raise NewerVersionError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
     kinds = _NEEDED | {key: kind for key, kind in _IF_THERE.items() if key in info}
     wrong = [f"{key} is {info.get(key)!r}" for key, kind in kinds.items() if not isinstance(info.get(key), kind)]
     if not wrong:

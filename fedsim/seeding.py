@@ -10,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 
-Purpose = Literal["init", "partition", "cohort", "shuffle", "dataset", "model", "evaluation"]
+Purpose = Literal["init", "partition", "cohort", "shuffle", "dataset", "model", "evaluation", "client_evaluation"]
 
-# Part of the results: a code is never changed or used again. Three seed torch's generator: "init" while the model is
-# built, "model" during a client's training (dropout), "evaluation" for a chunk of the test set.
+# Part of the results: a code is never changed or used again. Four seed torch's generator: "init" while the model is
+# built, "model" during a client's training (dropout), "evaluation" for a chunk of the test set, "client_evaluation" for
+# one of a client's shard.
 _CODES: dict[Purpose, int] = {
     "init": 1,
     "partition": 2,
@@ -22,6 +23,7 @@ _CODES: dict[Purpose, int] = {
     "dataset": 5,
     "model": 6,
     "evaluation": 7,
+    "client_evaluation": 8,
 }
 
 
@@ -49,7 +51,7 @@ def generator(purpose: Purpose, seed: int, *, round: int = 0, client: int = 0, e
     return np.random.Generator(np.random.PCG64(_sequence(purpose, seed, round, client, epoch)))
 
 
-def torch_seed(purpose: Purpose, seed: int, *, round: int = 0, client: int = 0) -> int:
+def torch_seed(purpose: Purpose, seed: int, *, round: int = 0, client: int = 0, epoch: int = 0) -> int:
     """A seed in [0, 2**63) for a torch generator, from the same streams as `generator`."""
-    state = _sequence(purpose, seed, round, client, 0).generate_state(1, np.uint64)
+    state = _sequence(purpose, seed, round, client, epoch).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

@@ -19,6 +19,7 @@ from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import RunFailedError
 from fedsim.experiment import Experiment, prepare
+from fedsim.fairness import fairness
 from fedsim.launch import connect, open_pool
 from fedsim.metrics import ClientRecord, ClientStatus, RoundRecord
 from fedsim.numerics import numerics
@@ -199,6 +200,7 @@ def client_record(round: int, result: FitResult, cosine_to_mean: float | None = 
     status: ClientStatus = "dropped"
     if update:
         status, error = ("completed", None) if update.is_finite else ("rejected", "the update is not finite")
+    before, after = (update.before, update.after) if update else (None, None)
     return ClientRecord(
         round=round,
         client_id=result.client_id,
@@ -206,6 +208,10 @@ def client_record(round: int, result: FitResult, cosine_to_mean: float | None = 
         num_examples=result.num_examples,
         num_steps=update.num_steps if update else None,
         train_loss=update.train_loss if update else None,
+        loss_before=_finite_loss(before),
+        accuracy_before=before.accuracy if before else None,
+        loss_after=_finite_loss(after),
+        accuracy_after=after.accuracy if after else None,
         update_l2_norm=update.update_l2_norm if update else None,
         cosine_to_mean=cosine_to_mean,
         update_sha256=update.update_sha256 if update else None,
@@ -219,6 +225,10 @@ def client_record(round: int, result: FitResult, cosine_to_mean: float | None = 
     )
 
 
+def _finite_loss(evaluation: Evaluation | None) -> float | None:
+    return evaluation.loss if evaluation and math.isfinite(evaluation.loss) else None
+
+
 def _record(
     round: int, clock: _Clock, weights: Weights, evaluation: Evaluation | None, step: _Step | None = None
 ) -> RoundRecord:
@@ -226,6 +236,8 @@ def _record(
     completed = [client for client in clients if client.status == "completed"]
     num_examples = sum(client.num_examples for client in completed)
     losses = [client.num_examples * client.train_loss for client in completed if client.train_loss is not None]
+    before = fairness(client.accuracy_before for client in completed)
+    after = fairness(client.accuracy_after for client in completed)
     return RoundRecord(
         round=round,
         started_at=clock.started_at,
@@ -236,8 +248,14 @@ def _record(
         num_retries=step.num_retries if step else 0,
         num_examples=num_examples,
         train_loss=math.fsum(losses) / num_examples if completed else None,
-        test_loss=evaluation.loss_sum / evaluation.num_examples if evaluation else None,
-        test_accuracy=evaluation.num_correct / evaluation.num_examples if evaluation else None,
+        test_loss=evaluation.loss if evaluation else None,
+        test_accuracy=evaluation.accuracy if evaluation else None,
+        accuracy_before_mean=before.mean,
+        accuracy_before_worst_decile=before.worst_decile,
+        accuracy_before_variance=before.variance,
+        accuracy_after_mean=after.mean,
+        accuracy_after_worst_decile=after.worst_decile,
+        accuracy_after_variance=after.variance,
         update_l2_norm=step.update_l2_norm if step else None,
         bytes_down=weights.num_bytes * len(clients),
         bytes_up=weights.num_bytes * len(completed),

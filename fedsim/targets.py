@@ -10,7 +10,8 @@ from typing import Any
 from fedsim.errors import InputError
 from fedsim.metrics import ROUND_COLUMNS
 
-MEASURES = tuple(c.name for c in ROUND_COLUMNS if "accuracy" in c.name or c.name.endswith("loss"))
+_ENDINGS = ("loss", "accuracy", "accuracy_before_mean", "accuracy_after_mean", "worst_decile")
+MEASURES = tuple(c.name for c in ROUND_COLUMNS if c.name.endswith(_ENDINGS))
 """Columns of rounds.parquet that can be a target."""
 
 

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from fedsim.weights import Layout, Weights
 
 EVALUATION_CHUNK = 1000
-"""Test examples evaluated at once: part of the results, whatever the number of actors."""
+"""Examples evaluated at once: part of the results, whatever the number of actors."""
 
 _GATHER = 1024
 """Examples brought together at once; a memory limit that changes no bit."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples:
     """Images and labels on one device, read by many."""
 
@@ -72,12 +72,22 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Sums over a chunk of the test set, or over all of it."""
+    """Sums over some examples."""
 
     loss_sum: float
     """nats, float64."""
     num_correct: int
     num_examples: int
+
+    @property
+    def loss(self) -> float:
+        """Mean of the examples, nats."""
+        return self.loss_sum / self.num_examples
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the examples."""
+        return self.num_correct / self.num_examples
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(
@@ -88,7 +98,7 @@ class Evaluation:
 
 
 Chunk = tuple[int, int]
-"""Test examples from the first number up to, not including, the second."""
+"""Examples from the first number up to, not including, the second."""
 
 
 class Engine(Protocol):
@@ -98,7 +108,7 @@ class Engine(Protocol):
         """Trains clients from the same weights, each as if it were the only one.
 
         Returns:
-            For each of them its outcome; its weights are valid until the next call.
+            For each of them its outcome; its weights are valid until the next call of this method.
         """
         ...
 

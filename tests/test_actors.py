@@ -38,6 +38,7 @@ TINY = fedsim.Config().override(
         "rounds": 3,
         "training.local_epochs": 1,
         "training.momentum": 0.5,
+        "evaluation.clients": True,
     }
 )
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 import fedsim
 from fedsim import cli
 from fedsim.comparison import parting
-from fedsim.errors import RunFolderError
+from fedsim.errors import InputError, RunFolderError
+from fedsim.metrics import CLIENT_SCHEMA
+from fedsim.results import parts
 from fedsim.run_folder import paths_of
 from tests.helpers import SERIAL
 
@@ -72,7 +75,7 @@ def test_what_parts_is_what_was_changed(results, tmp_path):
     frame = pd.read_parquet(part)
     place = frame.index[frame["round"] == 2][1]
     frame.loc[place, "cosine_to_mean"] += 1e-15
-    frame.to_parquet(part)
+    parts.write(one.path, "clients", part.name, pa.Table.from_pandas(frame, CLIENT_SCHEMA))
     difference = parting(one, fedsim.load_run(results / "short"))
     assert (difference.round, difference.column) == (2, "cosine_to_mean")
     assert difference.client_id == frame.loc[place, "client_id"]
@@ -131,3 +134,29 @@ def test_runs_are_named_by_path_name_or_their_folder(results, monkeypatch):
     assert [path.name for path in paths_of(["."], results)] == ["long", "other-rate", "short"]
     with pytest.raises(RunFolderError, match="neither a run's folder nor a name"):
         paths_of(["short", "elsewhere"], results)
+
+
+def test_many_runs_from_python(results):
+    runs = fedsim.load_runs(results / "swept")
+    assert runs.configs["training.lr"].to_dict() == {run.name: run.config.training.lr for run in runs}
+    frame = runs.summary(target={"test_accuracy": 0.5})
+    assert frame["run"].tolist() == [run.name for run in runs]
+    assert set(runs.over_seeds()["group"]) == {"training.lr=0.1", "training.lr=0.3"}
+    assert runs.paired({"test_accuracy": 0.5})["than"].unique().tolist() == ["training.lr=0.1"]
+    assert set(runs.rounds.merge(runs.configs, on="run")["seed"]) == {0, 1, 2}
+    with pytest.raises(InputError, match="give one target, not 2"):
+        runs.summary({"test_accuracy": 0.5, "test_loss": 1.0})
+
+
+def test_runs_of_one_name_are_told_apart(results, tmp_path):
+    other = fedsim.run(SERIAL.override({"seed": 5}), results=tmp_path, name="short")
+    runs = fedsim.load_runs([results / "short", other.path])
+    assert set(runs.rounds["run"]) == {str(results / "short"), str(other.path)} == set(runs.summary()["run"])
+    (tmp_path / "short").rename(tmp_path / "renamed")
+    assert set(fedsim.load_runs([results / "short", tmp_path / "renamed"]).clients["run"]) == {"short", "renamed"}
+
+
+def test_a_pattern_skips_what_is_no_run_and_a_folder_of_none_is_an_error(results, tmp_path):
+    assert [run.name for run in fedsim.load_runs(f"{results}/*")] == ["long", "other-rate", "short"]
+    with pytest.raises(RunFolderError, match="no run among"):
+        fedsim.load_runs(tmp_path)

@@ -343,7 +343,7 @@ WRONG = [  # key, value, what the message says is allowed
     ("placement.address", "", "at least 1 character"),
     ("placement.address", None, "string"),
     ("evaluation.every", 0, "greater than or equal to 1"),
-    ("evaluation.clients", True, "False"),
+    ("evaluation.clients", "yes", "boolean"),
     ("failures.max_retries", -1, "greater than or equal to 0"),
     ("failures.on_exhausted", "skip", "'stop' or 'drop'"),
     ("failures.timeout_s", -1, "greater than or equal to 0"),

@@ -20,12 +20,13 @@ from fedsim.metrics import (
 # The contract's columns in its order; those with a star are observations, the others results.
 ROUNDS = (
     "run round started_at* num_sampled num_completed num_failed num_rejected num_dropped num_retries* num_examples "
-    "train_loss test_loss test_accuracy update_l2_norm bytes_down bytes_up weights_sha256 round_s* fit_s* aggregate_s* "
-    "evaluate_s*"
+    "train_loss test_loss test_accuracy accuracy_before_mean accuracy_before_worst_decile accuracy_before_variance "
+    "accuracy_after_mean accuracy_after_worst_decile accuracy_after_variance update_l2_norm bytes_down bytes_up "
+    "weights_sha256 round_s* fit_s* aggregate_s* evaluate_s*"
 )
 CLIENTS = (
-    "run round client_id status num_examples num_steps train_loss update_l2_norm cosine_to_mean update_sha256 fit_s* "
-    "stack_size* attempts* actor* pid* node* error*"
+    "run round client_id status num_examples num_steps train_loss loss_before accuracy_before loss_after "
+    "accuracy_after update_l2_norm cosine_to_mean update_sha256 fit_s* stack_size* attempts* actor* pid* node* error*"
 )
 TABLES = [
     pytest.param(ROUNDS, ROUND_COLUMNS, ROUND_SCHEMA, RoundRecord, id="rounds"),
@@ -40,6 +41,8 @@ TYPES = {  # a name means the same type in both tables
     "started_at": pa.timestamp("us", tz="UTC"),
     "status": pa.string(),
     "train_loss": pa.float64(),
+    "loss_before": pa.float64(),
+    "loss_after": pa.float64(),
     "test_loss": pa.float64(),
     "test_accuracy": pa.float64(),
     "update_l2_norm": pa.float64(),
@@ -62,6 +65,10 @@ def a_client(**changes) -> ClientRecord:
         "num_examples": 600,
         "num_steps": 60,
         "train_loss": 0.25,
+        "loss_before": 0.375,
+        "accuracy_before": 0.75,
+        "loss_after": 0.125,
+        "accuracy_after": 1.0,
         "update_l2_norm": 1.5,
         "cosine_to_mean": -0.5,
         "update_sha256": "ab" * 32,
@@ -90,6 +97,12 @@ def a_round(**changes) -> RoundRecord:
         "train_loss": 0.5,
         "test_loss": 0.75,
         "test_accuracy": 0.875,
+        "accuracy_before_mean": 0.5,
+        "accuracy_before_worst_decile": 0.25,
+        "accuracy_before_variance": 0.0625,
+        "accuracy_after_mean": 0.75,
+        "accuracy_after_worst_decile": 0.5,
+        "accuracy_after_variance": 0.03125,
         "update_l2_norm": 2.5,
         "bytes_down": 10 * 2**40,
         "bytes_up": 9 * 2**40,
@@ -126,7 +139,8 @@ def test_the_schema_carries_unit_kind_and_description_of_each_column(contract, c
 def test_the_types(contract, columns, schema, record):
     for field in schema:
         is_seconds = field.name.endswith("_s")
-        expected = TYPES.get(field.name, pa.float64() if is_seconds else pa.int64())
+        is_float = is_seconds or field.name.startswith("accuracy_")
+        expected = TYPES.get(field.name, pa.float64() if is_float else pa.int64())
         assert field.type == expected, field.name
 
 
@@ -139,9 +153,11 @@ def test_units_belong_to_names(contract, columns, schema, record):
             assert unit == "s"
         elif name.startswith("bytes_"):
             assert unit == "bytes"
-        elif name.endswith("_loss"):
+        elif name.endswith("_loss") or name.startswith("loss_"):
             assert unit == "nats"
-        elif name.endswith("_accuracy"):
+        elif name.endswith("_variance"):
+            assert unit == "", "a fraction squared"
+        elif name.endswith("_accuracy") or name.startswith("accuracy_"):
             assert unit == "fraction"
         elif name == "num_examples":
             assert unit == "examples"
@@ -219,6 +235,12 @@ def test_round_zero_has_zero_counts_and_nulls():
     }
     assert {name for name, value in row.items() if value is None} == {
         "train_loss",
+        "accuracy_before_mean",
+        "accuracy_before_worst_decile",
+        "accuracy_before_variance",
+        "accuracy_after_mean",
+        "accuracy_after_worst_decile",
+        "accuracy_after_variance",
         "update_l2_norm",
         "fit_s",
         "aggregate_s",
@@ -232,6 +254,10 @@ def test_a_client_without_an_answer_has_nulls(status):
         status=status,
         num_steps=None,
         train_loss=None,
+        loss_before=None,
+        accuracy_before=None,
+        loss_after=None,
+        accuracy_after=None,
         update_l2_norm=None,
         cosine_to_mean=None,
         update_sha256=None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from fedsim.cli.options import DebugOption, ResultsOption
+from fedsim.cli.options import DebugOption, ResultsOption, parsed_targets
 from fedsim.cli.terminal import console
 from fedsim.run_folder import paths_of
 
@@ -37,11 +37,10 @@ def compare(
     folders = paths_of(runs, results)
     from fedsim import summaries
     from fedsim.results import load_runs
-    from fedsim.targets import Target
 
-    goal = None if target is None else Target.parse(target)
+    goal = next(iter(parsed_targets([target] if target else None)), None)
     found = load_runs(folders)
-    frame = summaries.summary(found, goal)
+    frame = found.summary({goal.column: goal.value} if goal else None)
     _say_runs(frame)
     if goal is not None and frame["rounds_to_target"].isna().all():
         console.print(f"no run has reached {goal}")

@@ -142,10 +142,12 @@ class PlacementConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """When the global weights are tested."""
+    """What is tested, and when."""
 
     every: int = Field(1, ge=1, description="rounds between evaluations on the test set; the last round always is")
-    clients: Literal[False] = Field(False, description="each client's own accuracy: not in this version")
+    clients: bool = Field(
+        False, description="in every round, each client's loss and accuracy on its own shard, before and after training"
+    )
 
 
 class FailuresConfig(_Section):

@@ -1,8 +1,21 @@
 """A run's folder: written while the run goes on, readable at any moment, never half-written."""
 
 from fedsim.results.folder import begin, go_on
-from fedsim.results.parts import Whole, find_whole
-from fedsim.results.run import Run, Runs, find_runs, load_run, load_runs
+from fedsim.results.parts import Whole, find_whole, read
+from fedsim.results.run import Run, load_run
+from fedsim.results.runs import Runs, find_runs, load_runs
 from fedsim.results.writer import RunWriter
 
-__all__ = ["Run", "RunWriter", "Runs", "Whole", "begin", "find_runs", "find_whole", "go_on", "load_run", "load_runs"]
+__all__ = [
+    "Run",
+    "RunWriter",
+    "Runs",
+    "Whole",
+    "begin",
+    "find_runs",
+    "find_whole",
+    "go_on",
+    "load_run",
+    "load_runs",
+    "read",
+]

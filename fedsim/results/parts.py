@@ -16,12 +16,21 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedsim.errors import RunFolderError, first_line
+from fedsim.errors import NewerVersionError, RunFolderError, first_line
 from fedsim.files import publish
-from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA, table
+from fedsim.metrics import (
+    CLIENT_COLUMNS,
+    CLIENT_SCHEMA,
+    ROUND_COLUMNS,
+    ROUND_SCHEMA,
+    SCHEMA_VERSION,
+    VERSION_KEY,
+    table,
+)
 from fedsim.targets import MEASURES
 
 SCHEMAS = {"rounds": ROUND_SCHEMA, "clients": CLIENT_SCHEMA}
+_COLUMNS = {"rounds": ROUND_COLUMNS, "clients": CLIENT_COLUMNS}
 EMPTY = "part-empty.parquet"
 _PART = re.compile(r"part-(\d{6})-(\d{6})\.parquet")
 _EVALUATION = ("test_loss", "test_accuracy")
@@ -79,22 +88,52 @@ def write_empty(folder: Path) -> None:
         write(folder, kind, EMPTY, table([], schema))
 
 
+def read(folder: Path, kind: str) -> tuple[pa.Table, list[str]]:
+    """The rows of a run's `kind` that can be read, as a table of the present schema, and what is wrong with the others.
+
+    Columns that are younger than a part are null in its rows.
+
+    Raises:
+        NewerVersionError: a part is of a newer fedsim.
+        RunFolderError: there is not a single part.
+    """
+    names = sorted(_visible(folder, kind))
+    if not names:
+        raise RunFolderError(f"{folder / f'{kind}.parquet'} is missing, or has lost all of its parts")
+    tables, damage = [SCHEMAS[kind].empty_table()], []
+    for name in names:
+        try:
+            _check_ours(folder, kind, name)
+            tables.append(_read(folder, kind, name))
+        except NewerVersionError:
+            raise
+        except RunFolderError as error:
+            damage.append(str(error))
+    return pa.concat_tables(tables), damage
+
+
 def find_whole(folder: Path) -> Whole:
     """Reads every part in a run's folder and says how far its records are whole; changes nothing.
 
+    Parts of an older fedsim are whole too, and a run may go on after them: plain pandas then shows the columns of the
+    first part, and no value is hidden, as a column that came later belongs to a key that the run could not have.
+
     Raises:
+        NewerVersionError: a part is of a newer fedsim.
         RunFolderError: among the parts lies a file that is not fedsim's.
     """
     whole = Whole()
     for kind in SCHEMAS:
-        if foreign := [name for name in _visible(folder, kind) if name != EMPTY and not _PART.fullmatch(name)]:
-            raise RunFolderError(f"{folder / f'{kind}.parquet' / foreign[0]} is not fedsim's: move it elsewhere")
+        for name in _visible(folder, kind):
+            _check_ours(folder, kind, name)
     try:
         for name in sorted(name for name in _visible(folder, "rounds") if name != EMPTY):
             _read_pair(folder, name, whole)
         for kind in SCHEMAS:
             if _read(folder, kind, EMPTY).num_rows:
                 raise RunFolderError(f"{folder / f'{kind}.parquet' / EMPTY} is not empty")
+    except NewerVersionError:
+        raise
     except RunFolderError as error:
         whole.damage = str(error)
     return whole
@@ -127,24 +166,43 @@ def _visible(folder: Path, kind: str) -> list[str]:
     return [file.name for file in path.glob("[!.]*")]
 
 
+def _check_ours(folder: Path, kind: str, name: str) -> None:
+    if name != EMPTY and not _PART.fullmatch(name):
+        raise RunFolderError(f"{folder / f'{kind}.parquet' / name} is not fedsim's: move it elsewhere")
+
+
 def _read(folder: Path, kind: str, name: str) -> pa.Table:
-    """A part with all its checksums compared.
+    """A part with all its checksums compared, as a table of the present schema.
 
     Raises:
+        NewerVersionError: it is of a newer fedsim.
         RunFolderError: it is missing, damaged, or has other columns.
     """
     path = folder / f"{kind}.parquet" / name
     try:
         # On threads of its own, pyarrow now and then aborts a process that ends soon after ("terminate called ...").
-        file = pq.ParquetFile(io.BytesIO(path.read_bytes()), pre_buffer=False, page_checksum_verification=True)
+        file = pq.ParquetFile(pa.BufferReader(path.read_bytes()), pre_buffer=False, page_checksum_verification=True)
         rows = file.read(use_threads=False)
     except FileNotFoundError:
         raise RunFolderError(f"{path} is missing") from None
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise RunFolderError(f"{path} is damaged: {first_line(error)}") from None
-    if not rows.schema.equals(SCHEMAS[kind]):
+    version = (rows.schema.metadata or {}).get(VERSION_KEY, b"")
+    if version.isdigit() and int(version) > SCHEMA_VERSION:
+        raise NewerVersionError(
+            f"{path} is of schema version {int(version)}, this fedsim reads {SCHEMA_VERSION}; update fedsim"
+        )
+    if rows.schema.equals(SCHEMAS[kind]):
+        return rows
+    if not rows.schema.equals(_schema_of(kind, version)):
         raise RunFolderError(f"{path} is damaged: its columns are not those of a run's {kind}")
-    return rows
+    return pa.concat_tables([SCHEMAS[kind].empty_table(), rows], promote_options="default")
+
+
+def _schema_of(kind: str, version: bytes) -> pa.Schema:
+    """The columns that a kind had in an earlier schema version; none where it is no version."""
+    number = int(version) if version.isdigit() else 0
+    return pa.schema([SCHEMAS[kind].field(column.name) for column in _COLUMNS[kind] if column.since <= number])
 
 
 def _read_pair(folder: Path, name: str, whole: Whole) -> None:

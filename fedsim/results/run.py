@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from fedsim.config.tables import lookup
 from fedsim.errors import FedsimWarning, RunFolderError
 from fedsim.metrics import RoundRecord, table
 from fedsim.numerics import numerics
-from fedsim.results.parts import SCHEMAS
+from fedsim.results import parts
 from fedsim.run_folder import is_live, read_info, read_run
 from fedsim.weights import Layout
 
@@ -46,12 +45,20 @@ class Run:
 
     @property
     def rounds(self) -> pd.DataFrame:
-        """One row a round, columns as `fedsim.metrics.ROUND_COLUMNS`; read afresh from a run still going."""
+        """One row a round, columns as `fedsim.metrics.ROUND_COLUMNS`; read afresh from a run still going.
+
+        Of a run of an older fedsim, columns that came later are null. A damaged part file is left out, with a
+        `FedsimWarning` that names it.
+
+        Raises:
+            NewerVersionError: a part file is of a newer fedsim.
+            RunFolderError: there are no part files.
+        """
         return self._frame("rounds")
 
     @property
     def clients(self) -> pd.DataFrame:
-        """One row a sampled client a round, columns as `fedsim.metrics.CLIENT_COLUMNS`."""
+        """One row a sampled client a round, columns as `fedsim.metrics.CLIENT_COLUMNS`; read as `rounds`."""
         return self._frame("clients")
 
     @property
@@ -108,16 +115,16 @@ class Run:
         return module
 
     def _frame(self, kind: str) -> pd.DataFrame:
-        import pandas as pd
-
         if self.path is not None:
-            frame: pd.DataFrame = pd.read_parquet(self.path / f"{kind}.parquet")
-            return frame
-        if kind == "rounds":
-            rows = [record.row(self.name) for record in self._records]
+            rows, damage = parts.read(self.path, kind)
+            for problem in damage:
+                warnings.warn(f"{problem}; its rows are left out", FedsimWarning, stacklevel=3)
+        elif kind == "rounds":
+            rows = table([record.row(self.name) for record in self._records], parts.SCHEMAS[kind])
         else:
-            rows = [client.row(self.name) for record in self._records for client in record.clients]
-        frame = table(rows, SCHEMAS[kind]).to_pandas()
+            clients = [client for record in self._records for client in record.clients]
+            rows = table([client.row(self.name) for client in clients], parts.SCHEMAS[kind])
+        frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # see `parts`
         return frame
 
 
@@ -140,43 +147,3 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
     shape, num_classes = tuple(info["data"]["input_shape"]), info["data"]["num_classes"]
     make = partial(models.build, model, shape, num_classes, config.seed) if model else None
     return Run(folder.name, folder, config, _model=make)
-
-
-class Runs(tuple[Run, ...]):
-    """Several runs; their records as one frame each, told apart by the column `run`."""
-
-    @property
-    def rounds(self) -> pd.DataFrame:
-        """As `Run.rounds`, of all runs."""
-        import pandas as pd
-
-        return pd.concat([run.rounds for run in self], ignore_index=True)
-
-    @property
-    def clients(self) -> pd.DataFrame:
-        """As `Run.clients`, of all runs."""
-        import pandas as pd
-
-        return pd.concat([run.clients for run in self], ignore_index=True)
-
-
-def find_runs(results: Path) -> list[Path]:
-    """The runs' folders in a results folder, by name; what is no run is skipped."""
-    return [folder for folder in sorted(results.glob("*")) if read_info(folder) is not None]
-
-
-def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
-    """Many runs at once; folders that are no run are skipped.
-
-    Args:
-        paths: a pattern such as "results/*", or folders.
-
-    Raises:
-        RunFolderError: not one of them is a run.
-    """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    folders = [Path(match) for path in given for match in sorted(glob.glob(os.fspath(path)))]  # noqa: PTH207 - absolute patterns too
-    found = Runs(load_run(folder) for folder in folders if read_info(folder) is not None)
-    if not found:
-        raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; `fedsim runs` lists them")
-    return found

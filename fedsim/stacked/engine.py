@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Stacked:
         self._is_thin = any(len(entry.shape) == 2 and 1 in entry.shape for entry in self._layout.floats)
         self._agreed: dict[tuple[int, ...], bool] = {}
         self._kept: Stack | None = None
-        self._tested: dict[Chunk, Tensor] = {}
+        self._tested: WeakKeyDictionary[Examples, dict[Chunk, Tensor]] = WeakKeyDictionary()
         self._memory: Tensor | None = None
 
     @torch.inference_mode()
@@ -72,13 +73,14 @@ class Stacked:
     def evaluate(
         self, weights: Weights, examples: Examples, chunks: Sequence[Chunk], torch_seeds: Sequence[int]
     ) -> list[Evaluation]:
-        """See `Engine.evaluate`; the examples are the same in every call."""
+        """See `Engine.evaluate`."""
         layers = self._stack(weights.flat.to(examples.labels.device)[None]).layers(slice(0, 1))
+        tested = self._tested.setdefault(examples, {})  # kept: new memory each time costs half as much as the products
         evaluations = []
         for start, stop in chunks:
-            if (start, stop) not in self._tested:  # kept: new memory each time costs as much as half of the products
-                self._tested[start, stop] = pixels(examples.images[start:stop], weights.flat.dtype)
-            logits = infer(layers, self._tested[start, stop])
+            if (start, stop) not in tested:
+                tested[start, stop] = pixels(examples.images[start:stop], weights.flat.dtype)
+            logits = infer(layers, tested[start, stop])
             evaluations.append(score(logits, examples.labels[start:stop]))
         return evaluations
 

@@ -1,0 +1,133 @@
+"""Reading many runs at once: their records as one frame each, and what they came to."""
+
+from __future__ import annotations
+
+import glob
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsim import summaries
+from fedsim.config.changes import flat
+from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError
+from fedsim.results.run import Run, load_run
+from fedsim.run_folder import read_info
+from fedsim.targets import targets
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Runs(tuple[Run, ...]):
+    """Several runs; in all frames the column `run` tells them apart: their names, or paths where two have one name."""
+
+    @property
+    def rounds(self) -> pd.DataFrame:
+        """As `Run.rounds`, of all runs; one without part files is left out, with a `FedsimWarning`."""
+        return self._frame("rounds")
+
+    @property
+    def clients(self) -> pd.DataFrame:
+        """As `Run.clients`, of all runs, likewise."""
+        return self._frame("clients")
+
+    @property
+    def configs(self) -> pd.DataFrame:
+        """One row a run, index `run`: every key of its configuration, dotted."""
+        import pandas as pd
+
+        rows = [{"run": label, **dict(flat(run.config.to_dict()))} for label, run in self._labelled()]
+        return pd.DataFrame(rows).set_index("run")
+
+    def summary(self, target: Mapping[str, float] | None = None) -> pd.DataFrame:
+        """One row a run: what it came to, see `summaries.summary`.
+
+        Args:
+            target: one column and its value, such as {"test_accuracy": 0.97}: adds what it took to get there.
+
+        Raises:
+            InputError: it is not one target.
+        """
+        goals = targets(target or {})
+        if len(goals) > 1:
+            raise InputError(f"give one target, not {len(goals)}: {', '.join(map(str, goals))}")
+        frame = summaries.summary(self, goals[0] if goals else None)
+        frame["run"] = [label for label, _ in self._labelled()]
+        return frame
+
+    def over_seeds(self, target: Mapping[str, float] | None = None) -> pd.DataFrame:
+        """One row a group of seeds and a measure: mean and confidence interval, see `summaries.over_seeds`."""
+        return summaries.over_seeds(self.summary(target))
+
+    def paired(self, target: Mapping[str, float] | None = None) -> pd.DataFrame:
+        """Differences to the first group, seed by seed, see `summaries.paired`."""
+        return summaries.paired(self.summary(target))
+
+    def _labelled(self) -> list[tuple[str, Run]]:
+        times = Counter(run.name for run in self)
+        return [(run.name if times[run.name] == 1 else str(run.path or run.name), run) for run in self]
+
+    def _frame(self, kind: str) -> pd.DataFrame:
+        import pandas as pd
+
+        frames, damage = [], []
+        for label, run in self._labelled():
+            try:
+                frames.append(run._frame(kind).assign(run=label))
+            except NewerVersionError:
+                raise
+            except RunFolderError as error:
+                damage.append(error)
+        _warn_of(damage, frames)
+        return pd.concat(frames, ignore_index=True)
+
+
+def find_runs(results: Path) -> list[Path]:
+    """The runs' folders in a results folder, by name; what is no run is skipped."""
+    return [folder for folder in sorted(results.glob("*")) if read_info(folder) is not None]
+
+
+def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
+    """Many runs at once; folders that are no run are skipped, damaged runs too, with a `FedsimWarning` for each.
+
+    Args:
+        paths: patterns such as "results/*", runs' folders, or folders that hold runs: a sweep's.
+
+    Raises:
+        NewerVersionError: one is of a newer fedsim.
+        RunFolderError: not one of them is a run.
+    """
+    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    folders = [folder for path in given for folder in _meant(os.fspath(path))]
+    found, damage = [], []
+    for folder in folders:
+        if read_info(folder) is None:
+            continue
+        try:
+            found.append(load_run(folder))
+        except NewerVersionError:
+            raise
+        except InputError as error:
+            damage.append(RunFolderError(f"{folder} cannot be read: {error}"))
+    _warn_of(damage, found)
+    if not found:
+        raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; `fedsim runs` lists them")
+    return Runs(found)
+
+
+def _meant(path: str) -> list[Path]:
+    """The folders that a path or a pattern stands for."""
+    if glob.has_magic(path):
+        return [Path(match) for match in sorted(glob.glob(path))]  # noqa: PTH207 - absolute patterns too
+    return [Path(path)] if read_info(Path(path)) is not None else find_runs(Path(path))
+
+
+def _warn_of(damage: Sequence[RunFolderError], readable: Sequence[Any]) -> None:
+    """Names the runs of several that cannot be read; where no other can, the first is an error."""
+    if damage and not readable:
+        raise damage[0]
+    for problem in damage:
+        warnings.warn(f"{problem}; this run is left out", FedsimWarning, stacklevel=3)
