@@ -49,7 +49,7 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
     goal = None if target is None else Target("test_accuracy", target)
     found, ax = groups(shown), _axes(ax)
     for place, (name, members) in enumerate(found.items()):
-        frame = curve(members, "test_accuracy")
+        frame = curve(members, "test_accuracy").astype(float)
         color, dash = look(place)
         marker = "o" if len(frame) <= _FEW else ""
         seeds = f" ({len(members)} seeds)" if len(members) > 1 else ""

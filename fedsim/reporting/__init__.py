@@ -60,7 +60,7 @@ def write(runs: Sequence[View], path: Path | None, goals: Sequence[Target]) -> P
     if path.is_dir():
         raise RunFolderError(f"{path} is a folder; name a file, for example {path / 'report.html'}")
     try:
-        publish(path, text.encode("utf-8", "replace"))  # a folder's name may be no text
+        publish(path, text.encode("utf-8", "replace"))  # what a file names may be no text
     except OSError as error:
         raise RunFolderError(
             f"cannot write {path}: {error.strerror or error}; name another file with --output"
