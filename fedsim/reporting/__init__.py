@@ -62,9 +62,7 @@ def write(runs: Sequence[View], path: Path | None, goals: Sequence[Target]) -> P
     try:
         publish(path, text.encode("utf-8", "replace"))  # what a file names may be no text
     except OSError as error:
-        raise RunFolderError(
-            f"cannot write {path}: {error.strerror or error}; name another file with --output"
-        ) from None
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}; name another file") from None
     return path
 
 

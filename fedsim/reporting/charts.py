@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -14,6 +14,7 @@ from fedsim.palette import NEUTRAL
 MOST_POINTS = 1000
 """Of a line: more could not be seen, and would only make the file larger."""
 MOST_BARS = 200
+GRID = "#e6eaee"
 
 Chart = dict[str, Any]
 
@@ -42,7 +43,7 @@ def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Cha
         for name, low, high in line.bands:
             is_there = low.notna() & high.notna()
             if is_there.any():
-                traces += _band(f"{name}, {line.name}", low[is_there], high[is_there], line.color)
+                traces.append(_band(f"{name}, {line.name}", low[is_there], high[is_there], line.color))
     for line in drawn:
         middle = line.middle.dropna()
         traces.append(
@@ -59,7 +60,7 @@ def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Cha
     layout = _layout("round", y)
     places = [place for line in drawn for place in line.middle.index]
     pad = 0.015 * max(1, max(places) - min(places))
-    layout["xaxis"]["range"] = [min(places) - pad, max(places) + pad]
+    layout["xaxis"] |= {"range": [min(places) - pad, max(places) + pad], **_whole(places)}
     layout["shapes"] = [
         {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level}
         | {"line": {"color": NEUTRAL, "width": 1, "dash": "dot"}}
@@ -68,72 +69,72 @@ def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Cha
     return {"data": traces, "layout": layout | {"hovermode": "x"}}
 
 
-def _band(name: str, low: pd.Series[float], high: pd.Series[float], color: str) -> list[Chart]:
+def _band(name: str, low: pd.Series[float], high: pd.Series[float], color: str) -> Chart:
     """The area between two lines: out along one and back along the other."""
     above, below = _points(high), _points(low)
     fill = f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},0.17)"
-    outline = {"x": above["x"] + below["x"][::-1], "y": above["y"] + below["y"][::-1]}
-    return [
-        {
-            **outline,
-            "type": "scatter",
-            "mode": "lines",
-            "fill": "toself",
-            "fillcolor": fill,
-            "line": {"width": 0, "color": fill},
-            "hoverinfo": "skip",
-            "name": text(name),
-        }
-    ]
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": above["x"] + below["x"][::-1],
+        "y": above["y"] + below["y"][::-1],
+        "fill": "toself",
+        "fillcolor": fill,
+        "line": {"width": 0, "color": fill},
+        "hoverinfo": "skip",
+        "name": text(name),
+    }
 
 
-def bars(
-    parts: Mapping[str, tuple[pd.Series[float], str, str]],
-    x: str,
-    y: str,
-    *,
-    is_sideways: bool = False,
-    width: float = 1,
-) -> Chart:
-    """Stacked bars.
+Stack = Mapping[str, tuple["pd.Series[float]", str, str]]
+"""What is stacked, from below: name -> values by place, colour, hatching."""
+
+
+def bars(parts: Stack, x: str, y: str, *, width: float = 1) -> Chart:
+    """Stacked bars over numbered places.
 
     Args:
-        parts: what is stacked: name -> values by place, colour, hatching.
+        parts: what is stacked.
         x: title of the axis of places.
         y: title of the axis of values, with the unit.
-        is_sideways: the bars lie, so that their places can have long names.
         width: of a bar, in places.
     """
-    traces = []
-    for name, (values, color, pattern) in parts.items():
-        points = _points(values)
-        traces.append(
-            {
-                "type": "bar",
-                "name": text(name),
-                "marker": {
-                    "color": color,
-                    "pattern": {
-                        "shape": pattern,
-                        "fillmode": "overlay",
-                        "fgcolor": "#fff",
-                        "size": 7,
-                        "solidity": 0.25,
-                    },
-                },
-                "hovertemplate": f"%{{{'x' if is_sideways else 'y'}:.3g}}<extra>{text(name)}</extra>",
-                **({"x": points["y"], "y": points["x"], "orientation": "h"} if is_sideways else points),
-                **({} if is_sideways else {"width": 0.9 * width}),
-            }
-        )
-    layout = _layout(*((y, x) if is_sideways else (x, y))) | {"barmode": "stack", "bargap": 0.25}
-    if is_sideways:
-        layout["yaxis"] |= {"autorange": "reversed", "type": "category", "rangemode": "normal", "showgrid": False}
-        layout["xaxis"] |= {"showgrid": True, "rangemode": "tozero"}
-    else:
-        layout["yaxis"]["rangemode"] = "tozero"
-        layout["hovermode"] = "x"
+    few = max((len(values) for values, _, _ in parts.values()), default=0) <= 60
+    traces = [
+        {**_bar(name, color, pattern), **_points(values), "width": (0.9 if few else 1.0) * width}
+        | {"hovertemplate": f"%{{y:.3g}}<extra>{text(name)}</extra>"}
+        for name, (values, color, pattern) in parts.items()
+    ]
+    layout = _layout(x, y) | {"barmode": "stack", "hovermode": "x"}
+    layout["xaxis"] |= _whole([place for values, _, _ in parts.values() for place in values.index])
+    layout["yaxis"]["rangemode"] = "tozero"
     return {"data": traces, "layout": layout}
+
+
+def named_bars(parts: Stack, x: str) -> Chart:
+    """Stacked bars that lie, one below the other, so that their places can have names.
+
+    Args:
+        parts: what is stacked; its places are names.
+        x: title of the axis of values, with the unit.
+    """
+    names = list(dict.fromkeys(str(name) for values, _, _ in parts.values() for name in values.index))
+    traces = [
+        {**_bar(name, color, pattern), "orientation": "h", "x": _rounded(values), "y": list(range(len(values)))}
+        | {"hovertemplate": f"%{{x:.3g}}<extra>{text(name)}</extra>"}
+        for name, (values, color, pattern) in parts.items()
+    ]
+    layout = _layout(x, "") | {"barmode": "stack", "bargap": 0.25}
+    shown = [name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}" for name in names]
+    layout["yaxis"] |= {"tickvals": list(range(len(names))), "ticktext": list(map(text, shown))}
+    layout["yaxis"] |= {"autorange": "reversed", "showgrid": False}
+    layout["xaxis"] |= {"showgrid": True, "gridcolor": GRID, "rangemode": "tozero"}
+    return {"data": traces, "layout": layout}
+
+
+def _bar(name: str, color: str, pattern: str) -> Chart:
+    hatching = {"shape": pattern, "fillmode": "overlay", "fgcolor": "#fff", "size": 7, "solidity": 0.25}
+    return {"type": "bar", "name": text(name), "marker": {"color": color, "pattern": hatching, "line": {"width": 0}}}
 
 
 def heat(values: pd.DataFrame, x: str, y: str, unit: str) -> Chart:
@@ -167,9 +168,13 @@ def thin(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.iloc[sorted({*range(0, len(frame), step), len(frame) - 1})]
 
 
+def _whole(places: Sequence[float]) -> Chart:
+    """Ticks at whole numbers, also where there are few."""
+    return {"dtick": 1} if max(places) - min(places) <= 10 else {}
+
+
 def _points(values: pd.Series[float]) -> dict[str, list[Any]]:
-    places: Iterable[Any] = values.index.tolist()
-    return {"x": [text(place) if isinstance(place, str) else place for place in places], "y": _rounded(values)}
+    return {"x": values.index.tolist(), "y": _rounded(values)}
 
 
 def _rounded(values: pd.Series[float]) -> list[float | None]:
@@ -181,7 +186,7 @@ def _layout(x: str, y: str) -> Chart:
     axis = {"automargin": True, "zeroline": False, "linecolor": "#9aa5b1", "ticks": "outside", "tickcolor": "#9aa5b1"}
     return {
         "xaxis": {**axis, "title": {"text": text(x), "standoff": 8}, "showgrid": False, "showline": True},
-        "yaxis": {**axis, "title": {"text": text(y), "standoff": 8}, "gridcolor": "#e6eaee", "ticks": ""},
+        "yaxis": {**axis, "title": {"text": text(y), "standoff": 8}, "gridcolor": GRID, "ticks": ""},
         "margin": {"l": 20, "r": 12, "t": 10, "b": 20},
         "font": {"family": "system-ui, -apple-system, Segoe UI, Roboto, DejaVu Sans, sans-serif", "size": 12}
         | {"color": "#3e4c59"},

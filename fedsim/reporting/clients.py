@@ -31,7 +31,7 @@ MOST_CLIENTS = 200
 
 
 def participation(shown: Shown) -> str | None:
-    """How often each client took part."""
+    """How often each client was sampled, and what became of it."""
     runs = [run for run in shown.first if len(run.clients)]
     if not runs:
         return None
@@ -51,15 +51,15 @@ def _participation(shown: Shown, alike: Sequence[View]) -> str:
     times = by.sum(axis=1)
     there = {status: look for status, look in STATUSES.items() if status in by}
     title = shown.titled(alike, "Rounds of each client")
-    if times.min() == times.max() and list(there) == ["completed"]:
-        said = f"each of the {count:,} clients took part in {times.min():,} of {rounds:,} rounds."
-        return html.paragraph(said.capitalize() if shown.is_one else f"{title.partition(':')[0]}: {said}")
-    spread = f"{times.min():,} to {times.max():,} of {rounds:,} rounds, the median client in {times.median():g}"
-    never = int((times == 0).sum())
-    said = f"A client took part in {spread}" + (f"; {never:,} of {count:,} never did." if never else ".")
+    said = f"A client was sampled in {times.min():,} to {times.max():,} of {rounds:,} rounds, half of them "
+    said += f"in {times.median():g} or more; {(times == 0).sum():,} of {count:,} never were."
+    if times.min() == times.max():
+        said = f"Each of the {count:,} clients was sampled in {times.min():,} of {rounds:,} rounds."
+        if list(there) == ["completed"]:
+            return html.paragraph(shown.titled(alike, said))
     if count > MOST_CLIENTS:
         number = times.value_counts().sort_index().astype(float)
-        drawn = charts.bars({"clients": (number, COLORS[0], "")}, "rounds that a client took part in", "clients")
+        drawn = charts.bars({"clients": (number, COLORS[0], "")}, "rounds that a client was sampled in", "clients")
         return html.figure(title, drawn, said, 260)
     drawn = charts.bars({name: (by[name], *look) for name, look in there.items()}, "client", "rounds")
     keys = html.legend((html.area_key(*look), name) for name, look in there.items()) if len(there) > 1 else ""

@@ -57,8 +57,11 @@ def _by_round(frame: pd.DataFrame) -> str:
 def _by_run(frames: Mapping[str, pd.DataFrame]) -> str:
     means = pd.DataFrame({name: frame.sum() / max(1, len(frame) - 1) for name, frame in frames.items()}).T
     parts = {name: (means[part], *LOOKS[part]) for part, name in PARTS.items()}
-    said = f"A round took {means.sum(axis=1).min():.3g} to {means.sum(axis=1).max():.3g} s in the mean of a run."
-    chart = charts.bars(parts, "", "s", is_sideways=True)
+    rounds = means.sum(axis=1)
+    said = (
+        f"From {html.number(rounds.min())} s ({rounds.idxmin()}) to {html.number(rounds.max())} s ({rounds.idxmax()})."
+    )
+    chart = charts.named_bars(parts, "s")
     return html.figure("Time of a mean round", chart, said, 90 + 28 * len(means))
 
 

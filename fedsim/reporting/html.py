@@ -29,7 +29,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
     """A table that scrolls inside its own box; the first column names the rows, numbers stand right."""
     found = [list(row) for row in rows]
     head = "".join(
-        f'<th scope="col"{_class(_kind([row[place] for row in found]))}>{escape(name)}</th>'
+        f'<th scope="col"{_class(_kind([row[place] for row in found]))}>{_breakable(name)}</th>'
         for place, name in enumerate(headers)
     )
     body = "".join(
@@ -45,6 +45,11 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], caption: str
     )
 
 
+def _breakable(name: str) -> str:
+    """A heading that may go on in a new line after each part of a key."""
+    return escape(name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
 def _kind(values: Sequence[object]) -> str:
     """How cells are set: numbers to the right, and what is long may be broken anywhere."""
     if values and all(isinstance(value, int | float) for value in values):
@@ -57,10 +62,11 @@ def _shown(value: object) -> str:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number for a person: so many digits, and never 1e+04; nothing for one that is none."""
+    """A number for a person: so many digits, and all before the point; nothing for one that is none."""
     if isinstance(value, int) or not math.isfinite(value):
         return f"{value:,}" if isinstance(value, int) else "" if math.isnan(value) else str(value)
-    return f"{float(f'{value:.{digits}g}'):,.10g}"
+    digits = max(digits, len(str(int(abs(value)))))
+    return f"{float(f'{value:.{digits}g}'):,.12g}"
 
 
 def figure(title: str, chart: Chart, summary: str, height: int = 300) -> str:

@@ -47,7 +47,11 @@ def _curve(shown: Shown, column: str) -> str | None:
         lines.append(Line(group.letter or group.name, frame["mean"], [band], group.color, group.dash))
         mean, rounds = frame["mean"], frame.index
         span = f"{mean.iloc[0]:.4g} in round {rounds[0]}, {mean.iloc[-1]:.4g} in round {rounds[-1]}"
-        best = f", best {mean.max():.4g} in round {mean.idxmax()}" if column == "test_accuracy" else ""
+        best = (
+            f", best {mean.max():.4g} in round {mean.idxmax()}"
+            if column == "test_accuracy" and mean.idxmax() != rounds[-1]
+            else ""
+        )
         said.append(f"{group.prefix}{span}{best}.")
     if not lines:
         return None
