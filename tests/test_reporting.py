@@ -485,6 +485,10 @@ def test_the_command_says_where_it_is(tmp_path, capsys):
     assert f"{tmp_path / 'a' / 'report.html'}: 4." in capsys.readouterr().out.replace("\n", "")
     assert command("a", tmp_path / "b", "--results", tmp_path, "--target", "test_accuracy=0.5") == 0
     assert "Rounds to target" in Page(tmp_path / "report.html").text
+    (tmp_path / "report.html").unlink()
+    assert command(tmp_path) == 0, "a sweep's folder is all its runs"
+    assert "2 runs" not in (words := Page(tmp_path / "report.html").text[""])
+    assert "a, b" in words
     assert command("a", "--results", tmp_path, "--output", tmp_path / "own.html") == 0
     assert (tmp_path / "own.html").exists()
 

@@ -9,11 +9,14 @@ import typer
 
 from fedsim.cli.options import DebugOption, ResultsOption, parsed_targets
 from fedsim.cli.terminal import console
-from fedsim.run_folder import path_of
+from fedsim.run_folder import paths_of
 
 
 def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs' folders, or their names in --results.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Runs' folders, their names in --results, or a sweep's folder."),
+    ],
     results: ResultsOption = Path("results"),
     output: Annotated[
         Path | None,
@@ -30,7 +33,7 @@ def report(
 ) -> None:
     """Writes one HTML page with plots of runs; it works offline."""
     goals = parsed_targets(target)
-    folders = [path_of(run, results) for run in runs]
+    folders = paths_of(runs, results)
     from fedsim.reporting import write
     from fedsim.results import load_run
     from fedsim.views import views
