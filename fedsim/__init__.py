@@ -9,11 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsim import plot as plot
     from fedsim.config import Config as Config
     from fedsim.datasets import Dataset as Dataset
     from fedsim.errors import FedsimError as FedsimError
     from fedsim.presets import preset as preset
     from fedsim.recording import run as run
+    from fedsim.reporting import report as report
     from fedsim.results import Run as Run
     from fedsim.results import load_run as load_run
     from fedsim.results import load_runs as load_runs
@@ -33,6 +35,7 @@ _HOME = {
     "sweep": "sweeps",
     "verify": "verification",
     "replay": "verification",
+    "report": "reporting",
     "load_run": "results",
     "load_runs": "results",
     "preset": "presets",
@@ -43,10 +46,12 @@ _HOME = {
     "FedsimError": "errors",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", "plot", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return importlib.import_module("fedsim.plot")
     if name in _HOME:
         return getattr(importlib.import_module(f"fedsim.{_HOME[name]}"), name)
     raise AttributeError(f"module 'fedsim' has no attribute {name!r}")

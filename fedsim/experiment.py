@@ -90,13 +90,7 @@ def prepare(
     data = dataset or _same_data(config, after) or datasets.load(config.data.dataset)
     if not isinstance(data, Dataset):
         raise ConfigError(f"dataset must be a fedsim.Dataset, not {type(data).__name__}")
-    partitioner = PARTITIONERS[config.data.partition.name]
-    shards = partitioner(
-        data.train_labels,
-        config.clients.count,
-        generator("partition", config.seed),
-        **config.data.partition.arguments,
-    )
+    partition = split(config, data)
     with numerics(config.placement.threads):
         module = models.build(factory, data.input_shape, data.num_classes, config.seed)
         layout = Layout.of(module)
@@ -110,7 +104,7 @@ def prepare(
     return Experiment(
         config=config,
         dataset=data,
-        partition=Partition.of(shards),
+        partition=partition,
         sampler=SAMPLERS[config.clients.sampler],
         cohort_size=cohort_size,
         strategy=strategy,
@@ -129,6 +123,17 @@ def prepare(
         obstacle=obstacle,
         own={name: _called(part) for name, part in own.items() if part is not None},
     )
+
+
+def split(config: Config, data: Dataset) -> Partition:
+    """Who has which training examples, by a configuration that `resolve` has checked.
+
+    Raises:
+        ConfigError: the data cannot be split so.
+    """
+    partitioner = PARTITIONERS[config.data.partition.name]
+    rng = generator("partition", config.seed)
+    return Partition.of(partitioner(data.train_labels, config.clients.count, rng, **config.data.partition.arguments))
 
 
 def _same_data(config: Config, after: Experiment | None) -> Dataset | None:

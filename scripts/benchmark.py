@@ -5,7 +5,6 @@ running, so that a slow minute of the machine hits all of them. Of a run the med
 system the median over its runs. Memory is looked at in a run of its own, which no time is taken of; where that of each
 process counts, at the end of each run. Run it on an idle machine; all tasks take about an hour on two cores:
 
-    pip install -e ".[benchmark]"                      # matplotlib, for the figure
     python -m venv ~/.cache/fedsim/flower              # Flower, in an environment of its own
     ~/.cache/fedsim/flower/bin/pip install "flwr[simulation]==1.42.0" torch
     python scripts/benchmark.py
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import os
 import shlex
 import sys
@@ -133,8 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if unknown := set(args.tasks) - set(names):
         parser.error(f"no task {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error('the figure needs matplotlib: pip install -e ".[benchmark]"')
     tasks = make_tasks(None if args.without_flower else args.flower_python)
     chosen = [] if args.report else args.tasks or names
     for name in chosen:

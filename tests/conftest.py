@@ -8,6 +8,7 @@ import pytest
 
 # Ray's own default for new clusters; said here so that a test process that starts several agrees with itself.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ["MPLBACKEND"] = "agg"  # draws without a screen
 
 
 @pytest.fixture(scope="module")

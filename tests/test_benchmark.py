@@ -527,13 +527,6 @@ def test_a_mistake_is_said_before_anything_is_measured(arguments, message, capsy
     assert not (tmp_path / "new").exists()
 
 
-def test_without_matplotlib_it_says_how_to_get_it(monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        benchmark.main(["start"])
-    assert 'pip install -e ".[benchmark]"' in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------- programs that need more than this environment
 
 

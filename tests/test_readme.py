@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -84,16 +86,15 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
+    small = fedsim.preset("mnist").override({"data.dataset": "synthetic", "placement.mode": "serial"})
+    if words[0] in ("report", "compare"):
+        for path in itertools.takewhile(lambda word: not word.startswith("--"), words[1:]):
+            fedsim.run(small, results=Path("results", path).parent, name=Path(path).name)
     if words[0] in ("verify", "replay", "resume"):
-        path = fedsim.run(
-            fedsim.preset("mnist").override({"data.dataset": "synthetic", "placement.mode": "serial"})
-        ).path
+        path = fedsim.run(small).path
         interrupted = json.loads((path / "run.json").read_text()) | {"status": "interrupted"}
         (path / "run.json").write_text(json.dumps(interrupted))
         monkeypatch.setattr("fedsim.rerun.prepare", stop)
-    if words[0] == "compare":
-        for name in words[1 : words.index("--target") if "--target" in words else None]:
-            fedsim.run(fedsim.Config().override({"data.dataset": "synthetic", "placement.mode": "serial"}), name=name)
     (tmp_path / "my.toml").write_text(fedsim.preset("mnist").to_toml())
     monkeypatch.setattr("fedsim.launch.early_ray", stop)
     monkeypatch.setattr("fedsim.datasets.fetch", lambda name: seen.append(name))
@@ -117,9 +118,11 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     )
     names = {}
     blocks = [block for language, block in BLOCKS if language == "python"]
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "report.html"))
+    plt.close("all")
     assert names["run"].name == "mnist"
     assert names["run"].rounds["test_accuracy"].notna().all()
 

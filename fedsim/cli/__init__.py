@@ -19,7 +19,7 @@ import typer
 from rich.table import Table
 
 from fedsim import __version__
-from fedsim.cli import compare, resume, sweep, verification
+from fedsim.cli import compare, report, resume, sweep, verification
 from fedsim.cli.options import (
     AddressOption,
     DebugOption,
@@ -130,6 +130,7 @@ app.command()(sweep.sweep)
 app.command()(compare.compare)
 app.command()(verification.verify)
 app.command()(verification.replay)
+app.command()(report.report)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.table import Table
 
-from fedsim.cli.options import DebugOption, ResultsOption, parsed_targets
+from fedsim.cli.options import DebugOption, ResultsOption, RunsArgument, parsed_targets
 from fedsim.cli.terminal import console
 from fedsim.run_folder import paths_of
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
     from fedsim.results import Run, Runs
 
-RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN...", help="Runs' folders, their names in --results, or a sweep's folder.")
-]
 TargetOption = Annotated[
     str | None, typer.Option(metavar="COLUMN=VALUE", help="Adds what it took to get there: test_accuracy=0.97.")
 ]

@@ -38,6 +38,9 @@ StopAtOption = Annotated[
     ),
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name in --results.")]
+RunsArgument = Annotated[
+    list[str], typer.Argument(metavar="RUN...", help="Runs' folders, their names in --results, or a sweep's folder.")
+]
 AnywayOption = Annotated[
     bool,
     typer.Option("--anyway", help="Goes on although data, package versions or arithmetic are not those of the run."),

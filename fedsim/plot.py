@@ -1,0 +1,201 @@
+"""Plots of runs for notebooks, on matplotlib: each takes runs or their folders, and returns the Axes it drew on.
+
+    ax = fedsim.plot.accuracy("results/*", target=0.97)
+    ax.figure.savefig("accuracy.png")
+
+A run may still be going: what is there is drawn. `ax=` draws into a figure of your own.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from fedsim.datasets import Dataset
+from fedsim.palette import COLORS, NEUTRAL, look
+from fedsim.summaries import curve, groups, over_seeds, summary
+from fedsim.targets import Target
+from fedsim.views import PARTS, Given, View, labels, measure, quantiles, seconds, thinned, view, views
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["accuracy", "clients", "partition", "timing"]
+
+_LINES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
+_HATCHES = {"fit": "", "aggregate": "///", "evaluate": "...", "rest": "xx"}
+_FEW = 40
+"""Points of a line that are marked one by one."""
+_MOST_BARS = 100
+
+
+def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: Axes | None = None) -> Axes:
+    """Test accuracy by round, a line for each group of runs that differ in their seed only.
+
+    The line is the mean over the seeds, the band its confidence interval (see `statistics`).
+
+    Args:
+        runs: runs, their folders, or patterns such as "results/*".
+        target: an accuracy; the legend says in which round each group came to it, as in McMahan et al. 2017.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: there is no run, one is damaged, or the target cannot be reached.
+    """
+    shown = views(runs)
+    goal = None if target is None else Target("test_accuracy", target)
+    found, ax = groups(shown), _axes(ax)
+    for place, (name, members) in enumerate(found.items()):
+        frame = curve(members, "test_accuracy").astype(float)
+        color, dash = look(place)
+        marker = "o" if len(frame) <= _FEW else ""
+        seeds = f" ({len(members)} seeds)" if len(members) > 1 else ""
+        ax.plot(
+            frame.index, frame["mean"], _LINES[dash], color=color, marker=marker, markersize=3, label=f"{name}{seeds}"
+        )
+        low, high = frame["low"].clip(0, 1), frame["high"].clip(0, 1)
+        ax.fill_between(frame.index, low, high, color=color, alpha=0.18, linewidth=0)
+    if goal:
+        ax.axhline(goal.value, color=NEUTRAL, linewidth=1, linestyle=(0, (1, 2)))
+        for line, reached in zip(ax.get_lines(), _reached(shown, goal), strict=False):
+            line.set_label(f"{line.get_label()}: {reached}")
+    _dress(ax, "round", "test accuracy (fraction)", shown[0].name if len(shown) == 1 else "")
+    if len(shown) > 1 or goal:
+        _legend_below(ax)
+    return ax
+
+
+def partition(run: Given, *, dataset: Dataset | None = None, ax: Axes | None = None) -> Axes:
+    """Which labels each client has, as a heat map of its training examples.
+
+    Args:
+        run: a run or its folder.
+        dataset: the data set, where the run had one of its own.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: it is no run, or its data set is not here.
+    """
+    shown = view(run)
+    counts, ax = labels(shown, dataset), _axes(ax)
+    image = ax.imshow(counts.to_numpy().T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest", origin="lower")
+    ax.figure.colorbar(image, ax=ax, label="training examples").outline.set_visible(False)
+    split = shown.config.data.partition
+    arguments = "".join(f", {name}={value}" for name, value in split.arguments.items())
+    _dress(ax, "client", "label", f"{shown.name}: {split.name}{arguments}")
+    ax.grid(False)
+    ax.locator_params(axis="both", integer=True)
+    if counts.shape[1] <= 20:
+        ax.set_yticks(range(counts.shape[1]))
+    return ax
+
+
+def clients(run: Given, column: str = "train_loss", *, ax: Axes | None = None) -> Axes:
+    """How a column of clients.parquet is distributed over the completed clients, by round.
+
+    Args:
+        run: a run or its folder.
+        column: a number, such as train_loss, update_l2_norm, cosine_to_mean or fit_s.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: it is no run, or no such column.
+    """
+    shown, known = view(run), measure(column)
+    frame, ax = quantiles([shown], column), _axes(ax)
+    for low, high, alpha, name in ((0.05, 0.95, 0.15, "5 to 95 %"), (0.25, 0.75, 0.3, "25 to 75 %")):
+        ax.fill_between(
+            frame.index, frame[low], frame[high], color=COLORS[0], alpha=alpha, linewidth=0, label=f"{name} of clients"
+        )
+    marker = "o" if len(frame) <= _FEW else ""
+    ax.plot(frame.index, frame[0.5], color=COLORS[0], marker=marker, markersize=3, label="median client")
+    unit = f" ({known.unit})" if known.unit else ""
+    _dress(ax, "round", f"{column}{unit}", shown.name)
+    ax.legend(frameon=False, fontsize="small", loc="best")
+    return ax
+
+
+def timing(run: Given, *, ax: Axes | None = None) -> Axes:
+    """Where the time of each round went, stacked; of many rounds, the means of equally many.
+
+    Args:
+        run: a run or its folder.
+        ax: where to draw; None makes a figure.
+
+    Raises:
+        InputError: it is no run.
+    """
+    shown = view(run)
+    whole = seconds(shown)
+    frame, width = thinned(whole, _MOST_BARS)
+    ax, total = _axes(ax), whole.to_numpy().sum()
+    below = pd.Series(0.0, frame.index)
+    for color, (part, name) in zip(COLORS, PARTS.items(), strict=False):
+        share = f", {100 * whole[part].sum() / total:.0f} %" if total > 0 else ""
+        ax.bar(
+            frame.index + (width - 1) / 2,
+            frame[part],
+            0.9 * width,
+            bottom=below,
+            color=color,
+            hatch=_HATCHES[part],
+            edgecolor="white",
+            linewidth=0,
+            label=f"{name}{share}",
+        )
+        below = below + frame[part]
+    _dress(ax, "round" if width == 1 else f"round (means of {width})", "time of a round (s)", shown.name)
+    ax.set_ylim(bottom=0)
+    _legend_below(ax, columns=2)
+    return ax
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(7, 4), layout="constrained")[1]
+
+
+def _dress(ax: Axes, x: str, y: str, title: str) -> None:
+    """The same quiet look for all, whatever the caller's settings."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, loc="left", fontsize="medium")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#E3E7EA", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _legend_below(ax: Axes, columns: int = 1) -> None:
+    """Where it hides nothing, however long the names are."""
+    handles, names = ax.get_legend_handles_labels()
+    wrapped = [textwrap.fill(name, 64) for name in names]
+    ax.legend(
+        handles,
+        wrapped,
+        frameon=False,
+        fontsize="small",
+        loc="upper left",
+        bbox_to_anchor=(-0.02, -0.14),
+        ncols=columns,
+    )
+
+
+def _reached(shown: list[View], goal: Target) -> list[str]:
+    """For each group, in which round it came to the target, in words."""
+    found = over_seeds(summary(shown, goal))
+    said = []
+    for row in found[found["measure"] == "rounds_to_target"].to_dict("records"):
+        some = f" in {row['number']} of {row['of']} runs" if row["number"] < row["of"] else ""
+        said.append(
+            f"{goal.value:g} in {row['mean']:.1f} rounds{some}" if row["number"] else f"{goal.value:g} not reached"
+        )
+    return said

@@ -1,0 +1,96 @@
+"""The report of runs: one HTML page that holds all it needs, and asks nobody for anything.
+
+    shown        the runs of a report, in groups
+    html         the page and its pieces; everything from a run's files is escaped there
+    charts       what plotly draws
+    header, learning, clients, costs, settings    the sections
+
+To add a section, write a function and give it a line in SECTIONS.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fedsim.errors import InputError, RunFolderError
+from fedsim.files import publish
+from fedsim.reporting import clients, costs, learning, settings
+from fedsim.reporting.header import footer, header, title
+from fedsim.reporting.html import page
+from fedsim.reporting.shown import Shown
+from fedsim.targets import Target, targets
+from fedsim.views import Given, View, views
+
+__all__ = ["SECTIONS", "home", "report", "write"]
+
+Section = Callable[[Shown], str | None]
+"""From the runs to HTML; None where they have nothing for it."""
+
+
+def report(
+    runs: Given | Iterable[Given],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    target: Mapping[str, float] | None = None,
+) -> Path:
+    """Writes a page with plots of runs: of one, or of several side by side. It works offline.
+
+    Args:
+        runs: runs, their folders, or patterns such as "results/*"; they may still be going.
+        path: the file; None for report.html in the run's folder, or in the folder that all runs are in.
+        target: what the runs were to reach, such as {"test_accuracy": 0.97}; the page says in which round they did.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: there is no run, one is damaged, or the file cannot be written.
+    """
+    return write(views(runs), None if path is None else Path(path), targets(target or {}))
+
+
+def write(runs: Sequence[View], path: Path | None, goals: Sequence[Target]) -> Path:
+    """See `report`."""
+    path = home(runs) if path is None else path
+    shown = Shown(runs, goals)
+    content = {name: made for name, section in SECTIONS.items() if (made := section(shown))}
+    text = page(f"{title(shown)} · fedsim", header(shown), content, footer())
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder; name a file, for example {path / 'report.html'}")
+    try:
+        publish(path, text.encode("utf-8", "replace"))  # what a file names may be no text
+    except OSError as error:
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}; name another file") from None
+    return path
+
+
+def home(runs: Sequence[View]) -> Path:
+    """Where the report of runs goes that nobody named a file for.
+
+    Raises:
+        InputError: a run has no folder.
+    """
+    folders = [run.path for run in runs if run.path is not None]
+    if len(folders) < len(runs):
+        raise InputError("a run that was not written has no folder for its report: name a file")
+    if len(folders) == 1:
+        return folders[0] / "report.html"
+    parents = {folder.absolute().parent: folder.parent for folder in folders}
+    return (next(iter(parents.values())) if len(parents) == 1 else Path()) / "report.html"
+
+
+SECTIONS: dict[str, Section] = {
+    "Accuracy and loss": learning.curves,
+    "Rounds to target": learning.targets,
+    "Fairness": learning.fairness,
+    "Participation": clients.participation,
+    "The clients' training": clients.distributions,
+    "Who has which labels": clients.partition,
+    "Where the time went": costs.time,
+    "Payload": costs.payload,
+    "Failures and retries": costs.mishaps,
+    "Configuration": settings.configuration,
+    "Environment": settings.environment,
+}

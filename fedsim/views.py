@@ -1,0 +1,202 @@
+"""Runs as plots and reports show them: each read once, in whole rounds, and the frames that are drawn of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsim import datasets
+from fedsim.config import Config
+from fedsim.datasets import Dataset
+from fedsim.errors import InputError, RunFolderError, first_line
+from fedsim.experiment import split
+from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, Column
+from fedsim.resolution import resolve
+from fedsim.results import Run, load_runs
+
+Given = Run | str | os.PathLike[str]
+"""A run, its folder, or a pattern such as "results/*" for several."""
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""That stand for a distribution over clients."""
+
+PARTS = {
+    "fit": "local training",
+    "aggregate": "aggregation",
+    "evaluate": "evaluation",
+    "rest": "the rest of the round",
+}
+"""Of a round's time, and what they are called."""
+
+_IDENTITIES = ("round", "client_id", "actor", "pid")
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A run at one moment: the rounds that were whole, and their clients."""
+
+    name: str
+    path: Path | None
+    config: Config
+    info: dict[str, Any]
+    """See `Run.info`."""
+    rounds: pd.DataFrame
+    clients: pd.DataFrame
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed or interrupted."""
+        return str(self.info["status"])
+
+    @property
+    def last(self) -> int:
+        """The last round; -1 where there is none yet."""
+        return int(self.rounds["round"].max()) if len(self.rounds) else -1
+
+
+def views(given: Given | Iterable[Given]) -> list[View]:
+    """Reads runs, each once.
+
+    Raises:
+        RunFolderError: there is none, or one is damaged.
+    """
+    items = [given] if isinstance(given, Run | str | os.PathLike) else list(given)
+    runs = [run for item in items for run in ([item] if isinstance(item, Run) else load_runs(item))]
+    if not runs:
+        raise RunFolderError("no runs were given")
+    runs = list({run.path.resolve() if run.path else id(run): run for run in runs}.values())
+    names = [run.name for run in runs]
+    return [_view(run, str(run.path or run.name) if names.count(run.name) > 1 else run.name) for run in runs]
+
+
+def view(given: Given) -> View:
+    """Reads one run.
+
+    Raises:
+        InputError: these are several; or see `views`.
+    """
+    found = views(given)
+    if len(found) > 1:
+        raise InputError(
+            f"one run is drawn at a time, and these are {len(found)}: {found[0].name}, {found[1].name} ..."
+        )
+    return found[0]
+
+
+def _view(run: Run, name: str) -> View:
+    info = run.info  # before the records: what is finished has them all
+    try:
+        rounds, clients = run.rounds, run.clients
+    except (OSError, ValueError, TypeError, LookupError) as error:  # pyarrow's are these
+        raise RunFolderError(f"{run.path} is damaged: its records cannot be read: {first_line(error)}") from None
+    rounds = _typed(rounds, ROUND_COLUMNS, run.path).sort_values("round", ignore_index=True)
+    clients = _typed(clients, CLIENT_COLUMNS, run.path)
+    clients = clients[clients["round"].isin(rounds["round"])]  # of a run still going, they come before their round
+    return View(name, run.path, run.config, info, rounds, clients)
+
+
+def _typed(frame: pd.DataFrame, columns: Sequence[Column], path: Path | None) -> pd.DataFrame:
+    """The frame with every column, null where the run is of an fedsim that had none."""
+    if "round" not in frame:
+        raise RunFolderError(f"{path} is damaged: its records have no column round")
+    for column in columns:
+        if column.name not in frame:
+            frame[column.name] = np.nan
+        elif is_number(column) and not pd.api.types.is_numeric_dtype(frame[column.name]):
+            raise RunFolderError(f"{path} is damaged: its column {column.name} has no numbers")
+    return frame
+
+
+def is_number(column: Column) -> bool:
+    """Whether a column can be drawn."""
+    return str(column.type) in ("int32", "int64", "double")
+
+
+def measure(column: str) -> Column:
+    """What is known of a column of clients.parquet that is a number and no identity.
+
+    Raises:
+        InputError: it is none.
+    """
+    known = {c.name: c for c in CLIENT_COLUMNS if is_number(c) and c.name not in _IDENTITIES}
+    if column not in known:
+        raise InputError(f"{column!r} is no column of clients to be drawn; there are {', '.join(known)}")
+    return known[column]
+
+
+def quantiles(runs: Sequence[View], column: str) -> pd.DataFrame:
+    """The distribution of a column over the completed clients, by round, of all runs together.
+
+    Returns:
+        Index `round`, columns `QUANTILES`; rounds without a finite value are left out.
+    """
+    rows = pd.concat([run.clients.loc[run.clients["status"] == "completed", ["round", column]] for run in runs])
+    rows = rows[np.isfinite(rows[column].astype(float))]
+    if rows.empty:
+        return pd.DataFrame(columns=list(QUANTILES), dtype=float)
+    return rows.groupby("round")[column].quantile(np.array(QUANTILES)).unstack()
+
+
+def seconds(run: View) -> pd.DataFrame:
+    """Where the time of each round went: index `round`, columns `PARTS`, seconds; together they are `round_s`."""
+    rounds = run.rounds.set_index("round")
+    found = pd.DataFrame({part: rounds[f"{part}_s"].fillna(0.0) for part in PARTS if part != "rest"})
+    found["rest"] = (rounds["round_s"] - found.sum(axis=1)).clip(lower=0.0)
+    return found
+
+
+def thinned(frame: pd.DataFrame, most: int) -> tuple[pd.DataFrame, int]:
+    """A frame by round in at most so many rows, each the mean of equally many rounds, under the first of them.
+
+    Returns:
+        The frame, and how many rounds a row is of.
+    """
+    width = -(-len(frame) // most) or 1
+    if width == 1:
+        return frame, 1
+    bins = np.arange(len(frame)) // width
+    means = frame.groupby(bins).mean()
+    return means.set_axis(frame.index[::width], axis=0), width
+
+
+def labels(run: View, dataset: Dataset | None = None) -> pd.DataFrame:
+    """How many training examples of each label each client has, computed again; fetches nothing.
+
+    Args:
+        run: the run.
+        dataset: its own data set, if it had one.
+
+    Returns:
+        Index `client`, columns the labels.
+
+    Raises:
+        InputError: the data set is not here, or another than the run's.
+    """
+    config = resolve(run.config, own_strategy="strategy" in run.info.get("own", {}))
+    if dataset is None:
+        dataset = _dataset(run, config.data.dataset)
+    if run.info.get("data", {}).get("sha256") not in (None, dataset.sha256()):
+        raise InputError(f"{run.name} had another data set than this {dataset.name}: its SHA-256 is not the run's")
+    partition = split(config, dataset)
+    recorded = run.clients.drop_duplicates("client_id").set_index("client_id")["num_examples"]
+    if (recorded != pd.Series(partition.num_examples).reindex(recorded.index)).any():
+        raise InputError(f"{run.name} had another data set than {dataset.name}: its clients have other shards")
+    owners = np.repeat(np.arange(partition.num_clients), partition.num_examples)
+    counts = np.zeros((partition.num_clients, dataset.num_classes), np.int64)
+    np.add.at(counts, (owners, dataset.train_labels[partition.indices]), 1)
+    return pd.DataFrame(counts).rename_axis(index="client", columns="label")
+
+
+def _dataset(run: View, name: str) -> Dataset:
+    if "dataset" in run.info.get("own", {}):
+        raise InputError(f"{run.name} had a data set of its own; give it from Python: dataset=...")
+    (state,) = [entry.state for entry in datasets.status() if entry.name == name]
+    if state not in ("cached", "in memory"):
+        raise InputError(f"{name} is not here ({state}); `fedsim data fetch {name}` gets it")
+    return datasets.load(name)

@@ -1,0 +1,272 @@
+"""Views of runs, the plots for notebooks, and the recipes: hand-computed, on runs of every state."""
+
+import math
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import SERIAL
+from made_runs import client_row, make, round_row
+
+import analyse_runs
+import fedsim
+from fedsim import views
+from fedsim.errors import InputError, RunFolderError
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    plt.close("all")
+
+
+# ---------------------------------------------------------------- views
+
+
+def test_a_run_is_read_from_all_that_names_it(tmp_path):
+    folder = make(tmp_path / "a")
+    make(tmp_path / "b")
+    by_path, by_text, by_run = (views.view(given) for given in (folder, str(folder), fedsim.load_run(folder)))
+    assert by_path.name == by_text.name == by_run.name == "a"
+    assert [view.name for view in views.views(tmp_path / "*")] == ["a", "b"]
+    assert [view.name for view in views.views([tmp_path / "b", folder, folder])] == ["b", "a"], "each once, as given"
+    assert [view.name for view in views.views(fedsim.load_runs(tmp_path / "*"))] == ["a", "b"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
+    paths = [str(make(tmp_path / folder / "mnist")) for folder in ("a", "b")]
+    assert [view.name for view in views.views(paths)] == paths
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(RunFolderError, match="no run among"):
+        views.views(tmp_path / "nothing")
+    with pytest.raises(RunFolderError, match="no runs were given"):
+        views.views([])
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    with pytest.raises(InputError, match="one run is drawn at a time, and these are 2: a, b"):
+        fedsim.plot.timing(tmp_path / "*")
+
+
+@pytest.mark.parametrize("content", [b"PAR1 but no more", b""])
+def test_a_damaged_part_is_said(tmp_path, content):
+    folder = make(tmp_path / "a")
+    (folder / "rounds.parquet" / "part-000004-000004.parquet").write_bytes(content)
+    with pytest.raises(RunFolderError, match=r"a is damaged: its records cannot be read"):
+        views.view(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda frame: frame.drop(columns="round"), "no column round"),
+        (lambda frame: frame.assign(test_accuracy="high"), "column test_accuracy has no numbers"),
+    ],
+)
+def test_records_of_another_kind_are_said(tmp_path, change, message):
+    folder = make(tmp_path / "a")
+    frame = change(pd.read_parquet(folder / "rounds.parquet"))
+    for path in (folder / "rounds.parquet").iterdir():
+        path.unlink()
+    frame.to_parquet(folder / "rounds.parquet" / "part-000000-000003.parquet")
+    with pytest.raises(RunFolderError, match=message):
+        views.view(folder)
+
+
+def test_clients_of_a_round_that_is_not_there_yet_are_left_out(tmp_path):
+    rows = [client_row(round, 0) for round in (1, 2)]
+    view = views.view(make(tmp_path / "a", [round_row(0), round_row(1)], rows))
+    assert view.clients["round"].tolist() == [1]
+    assert view.last == 1
+
+
+def test_quantiles_are_over_completed_clients_with_a_finite_value(tmp_path):
+    losses = [*(float(number) for number in range(101)), math.inf, 1e9]
+    rows = [client_row(1, number, train_loss=loss) for number, loss in enumerate(losses)]
+    rows[-1]["status"] = "rejected"
+    view = views.view(make(tmp_path / "a", [round_row(0), round_row(1)], rows))
+    frame = views.quantiles([view], "train_loss")
+    assert frame.loc[1].tolist() == pytest.approx([5, 25, 50, 75, 95])
+    assert list(views.quantiles([view], "fit_s").loc[1]) == pytest.approx([0.25] * 5)
+
+
+def test_the_parts_of_a_rounds_time_are_the_round(tmp_path):
+    frame = views.seconds(views.view(make(tmp_path / "a")))
+    assert frame.loc[1].to_dict() == {"fit": 0.5, "aggregate": 0.125, "evaluate": 0.25, "rest": 0.125}
+    assert frame.loc[0].to_dict() == {"fit": 0.0, "aggregate": 0.0, "evaluate": 0.25, "rest": 0.75}
+
+
+def test_thinning_keeps_the_mean():
+    frame = pd.DataFrame({"x": np.arange(10.0)}, index=pd.RangeIndex(10, name="round"))
+    thin, width = views.thinned(frame, 5)
+    assert width == 2
+    assert thin["x"].tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
+    assert thin.index.tolist() == [0, 2, 4, 6, 8]
+    assert views.thinned(frame, 10)[1] == 1
+    assert views.thinned(frame.iloc[:0], 10)[1] == 1
+
+
+def test_labels_are_those_of_the_runs_shards():
+    """Each client's row sums to its examples; iid over a balanced set leaves nobody without a label."""
+    run = fedsim.run(SERIAL.override({"data.partition.name": "dirichlet"}), results=None)
+    counts = views.labels(views.view(run))
+    recorded = run.clients.drop_duplicates("client_id").set_index("client_id")["num_examples"]
+    assert counts.sum(axis=1).loc[recorded.index].tolist() == recorded.tolist()
+    assert counts.shape == (4, 10)
+    assert counts.sum().tolist() == [200] * 10, "2,000 examples, as many of each label"
+
+
+def own_dataset():
+    labels = np.arange(120, dtype=np.int64) % 3
+    images = np.zeros((120, 1, 4, 4), np.uint8)
+    return fedsim.Dataset("mine", images, labels, images[:9], labels[:9], num_classes=3)
+
+
+def test_labels_of_an_own_data_set_need_it(tmp_path):
+    run = fedsim.run(SERIAL, results=tmp_path, dataset=own_dataset())
+    with pytest.raises(InputError, match=r"mnist had a data set of its own; give it from Python: dataset=\.\.\."):
+        fedsim.plot.partition(run)
+    ax = fedsim.plot.partition(run, dataset=own_dataset())
+    assert (
+        np.asarray(ax.get_images()[0].get_array()).tolist()
+        == views.labels(views.view(run), own_dataset()).T.to_numpy().tolist()
+    )
+    with pytest.raises(InputError, match="another data set than this synthetic"):
+        views.labels(views.view(run), fedsim.datasets.load("synthetic"))
+
+
+def test_labels_of_an_own_data_set_in_memory_are_not_those_of_another():
+    run = fedsim.run(SERIAL, results=None, dataset=own_dataset())
+    with pytest.raises(InputError, match="its clients have other shards"):
+        fedsim.plot.partition(run)
+
+
+def test_labels_are_never_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "empty"))
+    monkeypatch.setattr("fedsim.datasets.idx.fetch", lambda *given: pytest.fail("it fetches"))
+    folder = make(tmp_path / "a", config=SERIAL.override({"data.dataset": "mnist"}))
+    with pytest.raises(InputError, match=r"mnist is not here \(absent\); `fedsim data fetch mnist` gets it"):
+        fedsim.plot.partition(folder)
+
+
+# ---------------------------------------------------------------- plots
+
+
+def test_accuracy_draws_a_line_a_group_with_its_band(tmp_path):
+    for seed, accuracy in enumerate((0.4, 0.6)):
+        rows = [round_row(0, test_accuracy=0.1), round_row(1, test_accuracy=accuracy)]
+        make(tmp_path / f"a{seed}", rows, config=SERIAL.override({"seed": seed}))
+    make(tmp_path / "b", config=SERIAL.override({"training.lr": 0.5}))
+    ax = fedsim.plot.accuracy(tmp_path / "*", target=0.5)
+    one, other = ax.get_lines()[:2]
+    assert list(one.get_ydata()) == pytest.approx([0.1, 0.5])
+    assert one.get_linestyle() != other.get_linestyle(), "not by colour alone"
+    assert one.get_color() != other.get_color()
+    band = ax.collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == 1.0, "0.5 + 12.7 * 0.1 is more than an accuracy can be"
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts == [
+        "training.lr=0.1 (2 seeds): 0.5 in 0.8 rounds in 1 of 2 runs",
+        "training.lr=0.5: 0.5 in 0.9 rounds",
+    ]
+
+
+def test_a_target_that_nobody_reached(tmp_path):
+    ax = fedsim.plot.accuracy(make(tmp_path / "a"), target=0.99)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["mnist: 0.99 not reached"]
+
+
+def test_clients_draws_the_median_and_bands(tmp_path):
+    ax = fedsim.plot.clients(make(tmp_path / "a"), "update_l2_norm")
+    (median,) = ax.get_lines()
+    assert list(median.get_xdata()) == [1, 2, 3]
+    assert list(median.get_ydata()) == pytest.approx([2.0] * 3)
+    assert len(ax.collections) == 2
+    assert ax.get_ylabel() == "update_l2_norm"
+    assert fedsim.plot.clients(tmp_path / "a").get_ylabel() == "train_loss (nats)"
+
+
+@pytest.mark.parametrize("column", ["loss", "status", "client_id", "pid"])
+def test_what_is_no_column_of_clients(tmp_path, column):
+    with pytest.raises(
+        InputError, match=r"no column of clients to be drawn; there are num_examples, num_steps, train_loss"
+    ):
+        fedsim.plot.clients(make(tmp_path / "a"), column)
+
+
+def test_timing_stacks_to_the_round(tmp_path):
+    ax = fedsim.plot.timing(make(tmp_path / "a"))
+    tops = [
+        max(bar.get_y() + bar.get_height() for bar in ax.patches if math.isclose(bar.get_x() + 0.45, r))
+        for r in range(4)
+    ]
+    assert tops == pytest.approx([1.0] * 4)
+    assert len({bar.get_hatch() for bar in ax.patches}) == 4, "not by colour alone"
+    texts = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert texts[0] == "local training, 38 %"
+
+
+def test_timing_of_many_rounds_has_few_bars(tmp_path):
+    ax = fedsim.plot.timing(make(tmp_path / "a", [round_row(round) for round in range(1001)], []))
+    assert len(ax.patches) <= 4 * 100
+    assert ax.get_xlabel() == "round (means of 11)"
+
+
+@pytest.mark.parametrize("rows", [[], [round_row(0)], [round_row(0), round_row(1, test_accuracy=None, test_loss=None)]])
+def test_a_run_that_has_just_begun_can_be_drawn(tmp_path, rows):
+    folder = make(tmp_path / "a", rows, status="running")
+    for draw in (fedsim.plot.accuracy, fedsim.plot.partition, fedsim.plot.clients, fedsim.plot.timing):
+        ax = draw(folder)
+        ax.figure.canvas.draw()
+        assert ax.get_xlabel()
+
+
+def test_plots_leave_the_settings_alone_and_draw_where_they_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: pytest.fail("it shows"))
+    folder = make(tmp_path / "a")
+    before = dict(mpl.rcParams)
+    _, axes = plt.subplots(2, 2)
+    drawn = [
+        fedsim.plot.accuracy(folder, ax=axes[0, 0]),
+        fedsim.plot.partition(folder, ax=axes[0, 1]),
+        fedsim.plot.clients(folder, ax=axes[1, 0]),
+        fedsim.plot.timing(folder, ax=axes[1, 1]),
+    ]
+    assert drawn == list(axes.flat)
+    assert dict(mpl.rcParams) == before
+    assert len(plt.get_fignums()) == 1
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def test_recipes_by_hand(tmp_path):
+    rows = [client_row(round, client) for round in (1, 2, 3) for client in range(3)]
+    rows[-1] |= {"status": "rejected", "train_loss": None, "update_l2_norm": None, "cosine_to_mean": None}
+    make(tmp_path / "a", [*map(round_row, range(3)), round_row(3, num_retries=2)], rows)
+    for path in (tmp_path / "a").glob("*.parquet/*"):
+        frame = pd.read_parquet(path)
+        frame.assign(run="a").to_parquet(path)
+    runs = fedsim.load_runs(tmp_path / "*")
+    tables = {recipe.__name__: recipe(runs.rounds, runs.clients) for recipe in analyse_runs.RECIPES}
+    assert tables["accuracy_by_round"]["a"].tolist() == pytest.approx([0.1, 0.55, 0.7, 0.775])
+    assert tables["best_rounds"].loc["a", ["round", "seconds"]].tolist() == [3, 4.0]
+    assert tables["time_shares"].loc["a", ["fit_s", "round_s"]].tolist() == pytest.approx([0.375, 4.0])
+    assert tables["participation"].loc["a"].tolist() == [3, 3, 3, 3]
+    hardest = tables["hardest_clients"]["train_loss"]
+    assert hardest.index.tolist() == [("a", 2), ("a", 1), ("a", 0)]
+    assert hardest.tolist() == pytest.approx([2.2, 1.25, 0.25])
+    assert tables["drift"].loc["a", ("update_l2_norm", 0.5)] == 1.5
+    assert tables["mishaps"].loc["a"].to_dict() == {"completed": 8, "rejected": 1, "retries": 2}
+
+
+def test_recipes_of_real_runs_are_printed(tmp_path, capsys):
+    for seed in (0, 1):
+        fedsim.run(SERIAL.override({"seed": seed}), results=tmp_path, name=f"s{seed}")
+    analyse_runs.main([str(tmp_path / "*")])
+    printed = capsys.readouterr().out
+    assert printed.count("\n# ") == len(analyse_runs.RECIPES) + 1
+    assert all(printed.count(name) > 5 for name in ("s0", "s1"))

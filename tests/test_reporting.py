@@ -1,0 +1,531 @@
+"""The report: read back as HTML, of runs in every state, hostile ones too."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pyarrow as pa
+import pytest
+from helpers import SERIAL, content
+from made_runs import client_row, make, round_row
+
+import fedsim
+from fedsim import cli, reporting, views
+from fedsim.errors import InputError, RunFolderError
+from fedsim.metrics import Column
+from fedsim.reporting import Shown, html, learning
+from fedsim.run_folder import lock
+from fedsim.statistics import interval
+
+VOID = {"meta", "wbr", "line", "rect", "path", "br"}
+
+
+class Page(HTMLParser):
+    """A page's words by section, its charts, and what a browser would run or load."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.charts, self.scripts, self.attributes = {"": ""}, {}, [], []
+        self._open, self._section, self._script, self._label = [], "", None, ""
+        self.size = path.stat().st_size
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self._open == [], "every tag is closed"
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "section":
+            self._section = "?"
+        if tag == "script":
+            self._script = given.get("type", "code")
+        if given.get("role") == "img":
+            self._label = given["aria-label"]
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+        self._script = None if tag == "script" else self._script
+
+    def handle_data(self, data):
+        if self._script == "application/json":
+            self.charts[self._label] = json.loads(data)
+        elif self._script:
+            self.scripts.append(data)
+        elif self._open[-1:] == ["h2"]:
+            self._section = data
+            self.text[data] = ""
+        elif "style" not in self._open:
+            self.text[self._section] += data + " "
+
+    def chart(self, start):
+        (found,) = [chart for label, chart in self.charts.items() if label.startswith(start)]
+        return found
+
+    def trace(self, start, name):
+        (found,) = [trace for trace in self.chart(start)["data"] if trace.get("name") == name]
+        return found
+
+
+def page_of(*folders, **options):
+    return Page(fedsim.report(folders, **options))
+
+
+# ---------------------------------------------------------------- a whole page
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    run = fedsim.run(SERIAL, results=tmp_path_factory.mktemp("results"), name="real")
+    return run, Page(fedsim.report(run, target={"test_accuracy": 0.2}))
+
+
+def test_it_is_in_the_runs_folder_and_changes_nothing_else(tmp_path):
+    folder = make(tmp_path / "a")
+    before = content(folder)
+    assert fedsim.report(folder) == folder / "report.html"
+    after = content(folder)
+    assert {path: data for path, data in after.items() if path.name != "report.html"} == before
+
+
+def test_a_real_run_has_every_section_but_fairness(real):
+    assert [name for name in real[1].text if name] == [name for name in reporting.SECTIONS if name != "Fairness"]
+    assert all(words.strip() for words in real[1].text.values())
+
+
+def test_curves_are_the_runs_numbers(real):
+    run, page = real
+    rounds = run.rounds
+    for title, column in (
+        ("Test accuracy", "test_accuracy"),
+        ("Test loss", "test_loss"),
+        ("Training loss of", "train_loss"),
+    ):
+        trace = page.trace(title, "real")
+        values = rounds.set_index("round")[column].dropna()
+        assert trace["x"] == values.index.tolist()
+        assert trace["y"] == pytest.approx(values.tolist(), rel=1e-4)
+    assert f"Test accuracy {rounds['test_accuracy'].iloc[-1]:.4f} after 3 rounds" in page.text[""]
+
+
+def test_every_chart_is_one_that_plotly_knows_and_is_said_in_words(real):
+    for label, chart in real[1].charts.items():
+        go.Figure(chart)  # refuses what it does not know
+        assert re.fullmatch(r".+\. .*\d.*\.", label), label
+
+
+def test_the_heat_map_is_the_partition(real):
+    run, page = real
+    (trace,) = page.chart("Labels of each client (iid)")["data"]
+    assert trace["z"] == views.labels(views.view(run)).T.to_numpy().tolist()
+    assert (trace["zmin"], trace["zmax"]) == (0, np.max(trace["z"])), "white is none"
+    assert "A client has 500 examples, the median client 10 of 10 labels." in page.text["Who has which labels"]
+
+
+def test_configuration_and_environment_are_said(real):
+    run, page = real
+    assert "training.batch_size 100 32" in page.text["Configuration"], "the value, and the default"
+    assert run.info["versions"]["torch"] in page.text["Environment"]
+
+
+def test_nothing_is_loaded_and_only_its_own_scripts_run(real):
+    _, page = real
+    ((_, _, policy),) = [entry for entry in page.attributes if entry[0] == "meta" and "default-src" in str(entry[2])]
+    hashes = re.findall(r"'sha256-(.+?)'", policy)
+    assert hashes == [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in page.scripts]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "script-src 'unsafe-inline'" not in policy
+    loads = [entry for entry in page.attributes if entry[1] in ("src", "srcset", "data") or entry[0] in ("link", "img")]
+    assert loads == []
+    assert all(value.startswith("#") for _, name, value in page.attributes if name == "href")
+
+
+def test_links_lead_to_sections(real):
+    ids = [value for _, name, value in real[1].attributes if name == "id"]
+    assert [value for _, name, value in real[1].attributes if name == "href"] == [f"#{name}" for name in ids]
+    assert len(ids) == len(set(ids)) > 5
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_the_time_ends_with_what_dominates(tmp_path):
+    page = page_of(make(tmp_path / "a", [round_row(0, round_s=0.25), round_row(1, fit_s=0.625)]))
+    time = page.text["Where the time went"]
+    assert time.strip().endswith("Local training takes most: 50% of the 1.25 s that the rounds took.")
+    assert page.trace("Time of each round", "local training")["y"] == [0.0, 0.625]
+    assert page.trace("Time of each round", "evaluation")["y"] == [0.25, 0.25]
+
+
+def test_what_went_wrong_is_counted_and_said(tmp_path):
+    rows = [round_row(0), round_row(1), round_row(2, num_rejected=1, num_dropped=1, num_completed=1, num_retries=4)]
+    clients = [client_row(1, client) for client in range(3)]
+    clients += [client_row(2, 0), client_row(2, 1, status="rejected", error="update is not finite\nsecond line")]
+    clients += [client_row(2, 2, status="dropped", error="actor died")]
+    page = page_of(make(tmp_path / "a", rows, clients))
+    words = page.text["Failures and retries"]
+    assert "In 1 of 2 rounds, round 2 the first." in words
+    assert "update is not finite rejected 1 2 to 2 1" in words
+    assert "second line" not in words
+    assert "actor died dropped" in words
+    assert page.trace("Mishaps in each round", "started again")["y"] == [0, 0, 4]
+    assert page.trace("Rounds of each client", "dropped")["y"] == [0, 0, 1, 0]
+    assert page.trace("Rounds of each client", "completed")["y"] == [2, 1, 1, 0]
+    assert (
+        "A client was sampled in 0 to 2 of 2 rounds, half of them in 2 or more; 1 of 4 never were."
+        in page.text["Participation"]
+    )
+
+
+def test_where_nothing_went_wrong_it_says_so(tmp_path):
+    page = page_of(make(tmp_path / "a"))
+    assert "No client failed, was rejected or left out" in page.text["Failures and retries"]
+
+
+def test_all_clients_in_all_rounds_need_no_chart(tmp_path):
+    clients = [client_row(round, client) for round in (1, 2, 3) for client in range(4)]
+    page = page_of(make(tmp_path / "a", clients=clients))
+    assert "Each of the 4 clients was sampled in 3 of 3 rounds." in page.text["Participation"]
+
+
+def test_bands_are_quantiles_over_clients(tmp_path):
+    page = page_of(make(tmp_path / "a"))
+    chart = page.chart("Training loss. ")
+    outer, inner, median = chart["data"]
+    assert median["y"] == pytest.approx([1.1, 1.2, 1.3])
+    assert inner["y"] == pytest.approx([1.6, 1.7, 1.8, 0.8, 0.7, 0.6])
+    assert outer["y"] == pytest.approx([2.0, 2.1, 2.2, 0.4, 0.3, 0.2])
+    assert outer["x"] == inner["x"] == [1, 2, 3, 3, 2, 1]
+
+
+def test_targets_are_reached_or_not(tmp_path):
+    folders = [make(tmp_path / "fast"), make(tmp_path / "slow", [round_row(r, test_accuracy=0.2) for r in range(4)])]
+    page = page_of(*folders, target={"test_accuracy": 0.75, "test_loss": 0.5})
+    words = page.text["Rounds to target"]
+    assert "1 of 2 runs reached test_accuracy ≥ 0.75." in words
+    assert "fast 2.7 3.667 16 kB" in words
+    assert "slow not reached" in words
+    assert "test_loss ≤ 0.5" in words
+    assert len(page.chart("Test accuracy")["layout"]["shapes"]) == 1
+
+
+def test_a_target_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot be a target"):
+        fedsim.report(make(tmp_path / "a"), target={"accuracy": 0.9})
+
+
+def test_fairness_is_drawn_where_it_was_measured(tmp_path, monkeypatch):
+    names = [f"accuracy_{when}_{what}" for when in ("before", "after") for what in ("mean", "worst_decile")]
+    columns = (*learning.ROUND_COLUMNS, *(Column(name, pa.float64(), "fraction", "") for name in names))
+    for module in ("fedsim.reporting.learning", "fedsim.summaries"):
+        monkeypatch.setattr(f"{module}.ROUND_COLUMNS", columns)
+    view = views.view(make(tmp_path / "a"))
+    view.rounds[names] = np.nan
+    assert learning.fairness(Shown([view], [])) is None
+    for name in names:
+        view.rounds[name] = [np.nan, 0.25, np.nan, 0.5] if "after" in name else np.nan
+    made = learning.fairness(Shown([view], []))
+    assert "Accuracy on a client&#x27;s own data, after its training" in made
+    assert "worst tenth of the clients 0.5 in round 3." in made
+    assert "before its training" not in made
+
+
+# ---------------------------------------------------------------- states
+
+
+def test_a_run_that_is_going_on_says_so(tmp_path):
+    folder = make(tmp_path / "a", config=SERIAL.override({"rounds": 30}), status="running")
+    with lock(folder):
+        page = page_of(folder)
+    assert "still going" in page.text[""]
+    assert "after 3 of 30 rounds" in page.text[""]
+    assert "fedsim resume" not in page.text[""]
+
+
+@pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
+def test_a_run_that_ended_early_says_how_to_go_on(tmp_path, status):
+    error = "RunFailedError: node lost\nin a second line" if status == "failed" else None
+    page = page_of(make(tmp_path / "a", config=SERIAL.override({"rounds": 30}), status=status, error=error))
+    assert ("failed" if status == "failed" else "interrupted") in page.text[""], "nobody writes it"
+    assert f"To go on: fedsim resume {tmp_path / 'a'}" in page.text[""]
+    assert ("node lost\nin a second line" in page.text["Failures and retries"]) == (status == "failed")
+
+
+def test_a_run_without_a_round(tmp_path):
+    page = page_of(make(tmp_path / "a", []))
+    assert "No round of 3 is there yet." in page.text[""]
+    assert "Accuracy and loss" not in page.text
+    assert "Who has which labels" in page.text
+
+
+def test_a_run_with_round_0_only(tmp_path):
+    page = page_of(make(tmp_path / "a", [round_row(0)]), target={"test_accuracy": 0.9})
+    assert "Test accuracy 0.1000 after 0 of 3 rounds, 1 s of rounds." in page.text[""]
+    assert "Participation" not in page.text
+    assert page.trace("Test accuracy", "a")["y"] == [0.1]
+
+
+def test_rounds_without_an_evaluation_are_gaps(tmp_path):
+    nulls = {"test_accuracy": None, "test_loss": None, "evaluate_s": None}
+    page = page_of(make(tmp_path / "a", [round_row(r, **(nulls if r % 2 else {})) for r in range(4)]))
+    assert page.trace("Test accuracy", "a")["x"] == [0, 2]
+    assert "measured in round 2" in page.text[""]
+    none = page_of(make(tmp_path / "b", [round_row(r, **nulls) for r in range(4)]))
+    assert "No accuracy was measured in 3 rounds" in none.text[""]
+
+
+def test_records_of_an_earlier_fedsim_lack_columns(tmp_path):
+    folder = make(tmp_path / "a")
+    for kind, lacking in (("rounds", ["num_retries", "evaluate_s"]), ("clients", ["cosine_to_mean", "error"])):
+        for path in (folder / f"{kind}.parquet").iterdir():
+            pd.read_parquet(path).drop(columns=lacking).to_parquet(path)
+    page = page_of(folder)
+    assert not [label for label in page.charts if label.startswith("Agreement")]
+    assert "No client failed" in page.text["Failures and retries"]
+
+
+def test_labels_of_an_own_data_set_are_left_out(tmp_path):
+    page = page_of(make(tmp_path / "a", own={"dataset": "mine.Dataset"}))
+    assert "a had a data set of its own" in page.text["Who has which labels"]
+    assert not [label for label in page.charts if label.startswith("Labels")]
+
+
+def test_labels_of_a_data_set_that_is_not_here_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDSIM_DATA", str(tmp_path / "empty"))
+    monkeypatch.setattr("fedsim.datasets.idx.fetch", lambda *given: pytest.fail("it fetches"))
+    page = page_of(make(tmp_path / "a", config=SERIAL.override({"data.dataset": "mnist"})))
+    assert "mnist is not here (absent)" in page.text["Who has which labels"]
+
+
+# ---------------------------------------------------------------- several
+
+
+def test_groups_of_seeds_are_a_line_each(tmp_path):
+    for seed, accuracy in enumerate((0.25, 0.75, 0.8)):
+        rows = [round_row(0, test_accuracy=0.1), round_row(1, test_accuracy=accuracy)]
+        make(tmp_path / f"a{seed}", rows, config=SERIAL.override({"seed": seed}))
+    make(tmp_path / "b", config=SERIAL.override({"training.lr": 0.5}))
+    page = page_of(tmp_path / "*")
+    lines = [trace for trace in page.chart("Test accuracy")["data"] if trace["name"] in ("A", "B")]
+    assert lines[0]["y"] == pytest.approx([0.1, 0.6])
+    assert lines[0]["line"]["dash"] != lines[1]["line"]["dash"], "not by colour alone"
+    (band,) = [trace for trace in page.chart("Test accuracy")["data"] if trace["name"] == "confidence interval, A"]
+    high = interval([0.25, 0.75, 0.8]).high
+    assert max(band["y"]) == pytest.approx(min(1.0, high))
+    assert "A: training.lr=0.1 (3 seeds)" in page.text["Accuracy and loss"]
+    assert "Highest last test accuracy: 0.775, of B: training.lr=0.5. Runs: 4 finished." in page.text[""]
+    assert "training. lr" in page.text["Configuration"].partition("What all share")[0], "with a place to break"
+    assert page.chart("Time of a mean round")["layout"]["yaxis"]["ticktext"] == ["a0", "a1", "a2", "b"]
+    assert page.trace("Time of a mean round", "evaluation")["x"] == [0.5, 0.5, 0.5, pytest.approx(1 / 3, rel=1e-4)]
+
+
+def test_where_the_page_of_several_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, b, c = make(tmp_path / "one" / "a"), make(tmp_path / "one" / "b"), make(tmp_path / "two" / "c")
+    assert fedsim.report([a, b]) == tmp_path / "one" / "report.html"
+    assert fedsim.report([a, c]).resolve() == tmp_path / "report.html"
+    assert fedsim.report([a, c], tmp_path / "own.html") == tmp_path / "own.html"
+
+
+def test_a_run_in_memory_needs_a_file(tmp_path):
+    run = fedsim.run(SERIAL, results=None)
+    with pytest.raises(InputError, match="name a file"):
+        fedsim.report(run)
+    page = Page(fedsim.report(run, tmp_path / "page.html"))
+    assert "Environment" not in page.text
+    assert page.trace("Test accuracy", "mnist")["x"] == [0, 1, 2, 3]
+
+
+def test_more_groups_than_colours_have_names_of_their_own(tmp_path):
+    runs = [make(tmp_path / f"r{n:02}", config=SERIAL.override({"training.lr": n / 100})) for n in range(1, 31)]
+    page = page_of(*runs)
+    names = [trace["name"] for trace in page.chart("Test accuracy")["data"]]
+    assert names[0] == "A"
+    assert names[-1] == "D2"
+    assert len(set(names)) == 30
+
+
+# ---------------------------------------------------------------- size
+
+
+def test_a_thousand_rounds_of_a_hundred_clients_stay_small(tmp_path):
+    rng = np.random.default_rng(0)
+    rounds = [round_row(round, test_accuracy=float(rng.random()), fit_s=float(rng.random())) for round in range(1001)]
+    clients = [
+        client_row(round, client, train_loss=float(rng.random()), update_l2_norm=float(rng.random()))
+        for round in range(1, 1001)
+        for client in range(100)
+    ]
+    page = page_of(make(tmp_path / "a", rounds, clients, config=SERIAL.override({"clients.count": 100})))
+    assert page.size < 6_000_000
+    assert len(page.chart("Training loss. ")["data"][-1]["x"]) <= 1001
+    assert sum(len(trace["x"]) for trace in page.chart("Time of a round")["data"]) <= 4 * 200
+    assert "means of 6 rounds" in " ".join(page.charts)
+
+
+def test_many_clients_are_counted_not_drawn(tmp_path):
+    config = SERIAL.override(
+        {"clients.count": 1000, "data.partition.name": "sampled", "data.partition.examples_per_client": 9}
+    )
+    clients = [client_row(round, client, num_examples=9) for round in (1, 2, 3) for client in range(round * 100)]
+    page = page_of(make(tmp_path / "a", clients=clients, config=config))
+    assert page.trace("Rounds of each client", "clients")["x"] == [0, 1, 2, 3]
+    assert page.trace("Rounds of each client", "clients")["y"] == [700, 100, 100, 100]
+    (heat,) = page.chart("Labels of each client")["data"]
+    assert len(heat["x"]) == 200
+    assert "Shown: 200 of 1,000 clients, evenly spaced." in page.text["Who has which labels"]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (47_810_400, "47.8 MB"), (3e15, "3e+03 TB")]
+)
+def test_bytes_for_a_person(number, said):
+    assert learning.size(number) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(5, "5"), (12345, "12,345"), (11712.34, "11,712"), (0.05381, "0.0538"), (float("nan"), "")]
+)
+def test_numbers_for_a_person(number, said):
+    assert html.number(number) == said
+
+
+# ---------------------------------------------------------------- hostile
+
+
+HOSTILE = [
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "<!--<script>",
+    "]]> &lt; &amp; ' \u2028",
+    "<b>bold</b><a href='javascript:alert(1)'>x</a>",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_is_in_the_files_stays_text(tmp_path, text):
+    clients = [client_row(round, client, status="failed", error=text) for round in (1, 2) for client in range(3)]
+    rows = [round_row(0), round_row(1, num_failed=3), round_row(2, num_failed=3)]
+    config = SERIAL.override({"data.partition.name": text})
+    folder = tmp_path / text.replace("/", "|")
+    make(folder, rows, clients, config=config, status="failed", error=text, started_at=text, machine={text: text})
+    make(tmp_path / "b", rows, clients, status=text, versions={"python": text})
+    for page in (page_of(folder), page_of(tmp_path / "*", path=tmp_path / "page.html")):
+        assert len(page.scripts) == 2, "plotly's and the page's own"
+        assert not [
+            entry
+            for entry in page.attributes
+            if entry[1].startswith("on") or (entry[0] in ("img", "a") and entry[1] == "src")
+        ]
+        assert text.strip() in page.text["Failures and retries"]
+        assert text.replace("/", "|") in page.text[""]
+        for chart in page.charts.values():
+            shown = [trace.get("name", "") + trace.get("hovertemplate", "") for trace in chart["data"]]
+            assert not [words for words in shown if re.search(r"<(?!/?extra>)", words)], (
+                "plotly would take it for markup"
+            )
+
+
+def test_what_is_no_text_is_written(tmp_path):
+    page = page_of(make(tmp_path / "a", machine={"node": b"caf\xe9".decode("utf-8", "surrogateescape")}))
+    assert "caf?" in page.text["Environment"]
+
+
+def test_json_cannot_end_its_script():
+    text = html.data({"</script>": "<!-- & -->"})
+    assert not re.search(r"[<>&]", text)
+    assert json.loads(text) == {"</script>": "<!-- & -->"}
+
+
+# ---------------------------------------------------------------- files and the command
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = make(tmp_path / "a")
+    (folder / "report.html").write_text("the old one")
+
+    def full(*given, **named):
+        raise OSError(28, "No space left on device", str(folder / "report.html"))
+
+    monkeypatch.setattr("fedsim.reporting.publish", full)
+    with pytest.raises(RunFolderError, match=r"cannot write .*report.html: No space left on device"):
+        fedsim.report(folder)
+    assert (folder / "report.html").read_text() == "the old one"
+
+
+@pytest.mark.parametrize(
+    ("where", "message"), [("folder", "is a folder; name a file"), ("no/where.html", "cannot write")]
+)
+def test_a_file_that_cannot_be(tmp_path, where, message):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RunFolderError, match=message):
+        fedsim.report(make(tmp_path / "a"), tmp_path / where)
+
+
+def command(*words):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", *map(str, words)])
+    return ended.value.code
+
+
+def test_the_command_says_where_it_is(tmp_path, capsys):
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    assert command("a", "--results", tmp_path) == 0
+    assert f"{tmp_path / 'a' / 'report.html'}: 4." in capsys.readouterr().out.replace("\n", "")
+    assert command("a", tmp_path / "b", "--results", tmp_path, "--target", "test_accuracy=0.5") == 0
+    assert "Rounds to target" in Page(tmp_path / "report.html").text
+    (tmp_path / "report.html").unlink()
+    assert command(tmp_path) == 0, "a sweep's folder is all its runs"
+    assert "2 runs" not in (words := Page(tmp_path / "report.html").text[""])
+    assert "a, b" in words
+    assert command("a", "--results", tmp_path, "--output", tmp_path / "own.html") == 0
+    assert (tmp_path / "own.html").exists()
+
+
+def damage(folder):
+    (folder / "rounds.parquet" / "part-000000-000003.parquet").write_bytes(b"PAR1")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (damage, "is damaged: its records cannot be read"),
+        (lambda folder: (folder / "run.json").write_text("{"), "is not a run"),
+        (lambda folder: (folder / "run.json").unlink(), "`fedsim runs` lists them"),
+        (lambda folder: (folder / "config.toml").write_text("rounds = 'many'"), "rounds"),
+        (lambda folder: (folder / "config.toml").unlink(), "config.toml"),
+    ],
+)
+def test_a_run_that_cannot_be_read(tmp_path, capsys, break_it, message):
+    folder = make(tmp_path / "a")
+    break_it(folder)
+    assert command("a", "--results", tmp_path) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) <= 2
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nobody"], "`fedsim runs` lists them"),
+        (["a", "--target", "0.9"], "is no target"),
+        ([], "Missing argument"),
+    ],
+)
+def test_a_mistake_has_exit_code_2(tmp_path, capsys, words, message):
+    make(tmp_path / "a")
+    assert command(*words, "--results", tmp_path) == 2
+    assert message in capsys.readouterr().err
