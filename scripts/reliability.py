@@ -131,7 +131,8 @@ def _what(function: Callable[..., object]) -> str:
 
 def _where(frame: pd.DataFrame) -> list[str]:
     last = frame.iloc[-1]
-    return ["", f"{last['machine']}; {last['versions']}; code at {last['git_commit']}.", ""]
+    commits = ", ".join(frame["git_commit"].unique())
+    return ["", f"{last['machine']}; {last['versions']}; code at {commits}.", ""]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
