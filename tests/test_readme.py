@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -131,3 +135,24 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     shards = partition.PARTITIONERS["by_label"](labels, 5, np.random.default_rng(0), noise=0.1)
     assert np.sort(np.concatenate(shards)).tolist() == list(range(1000))
     assert arguments(names["by_label"], {}, "data.partition") == {"noise": 0.0}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_recipe_for_ray_tune_runs(tmp_path):
+    """In a process of its own, as it starts a Ray of its own; small."""
+    (block,) = [block for language, block in BLOCKS if language == "py" and "tune.Tuner" in block]
+    small = """import fedsim
+override = fedsim.Config.override
+few = {"data.dataset": "synthetic", "rounds": 2, "clients.count": 10, "clients.per_round": 2}
+fedsim.Config.override = lambda self, changes: override(self, {**changes, **few})
+"""
+    assert 'fedsim.preset("2nn-iid")' in block
+    block = block.replace("def trial(values):\n", "def trial(values):\n" + textwrap.indent(small, "    "))
+    (tmp_path / "recipe.py").write_text(block.replace("num_samples=20", "num_samples=2"))
+    environment = {**os.environ, "HOME": str(tmp_path)}  # Tune keeps its trials there
+    done = subprocess.run(
+        [sys.executable, "recipe.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1].startswith("{'lr': ")
