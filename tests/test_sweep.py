@@ -214,6 +214,16 @@ def test_on_the_command_line(tmp_path, capsys):
     assert len(eval(line.partition("; ")[2], {"fedsim": fedsim})) == 16
 
 
+def test_runs_lists_it_with_how_far_it_is(tmp_path, capsys):
+    fedsim.run(SERIAL, results=tmp_path, name="alone")
+    fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, name="swept")
+    with pytest.raises(SystemExit):
+        cli.main(["runs", "--results", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "alone", "swept/"]
+    assert "2 of 2 runs finished" in lines[2]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -149,8 +149,9 @@ def presets(name: Annotated[str | None, typer.Argument(help="Prints this preset 
 
 @app.command()
 def runs(results: ResultsOption = Path("results")) -> None:
-    """Lists the runs of a results folder, with their status and last accuracy."""
+    """Lists the runs of a results folder, with their status and last accuracy, and its sweeps."""
     from fedsim.results import find_runs, load_run
+    from fedsim.run_folder import read_info
 
     table = Table("run", "status", "rounds", "test accuracy", "started", box=None)
     for folder in find_runs(results):
@@ -168,6 +169,10 @@ def runs(results: ResultsOption = Path("results")) -> None:
             f"{accuracy.iloc[-1]:.4f}" if len(accuracy) else "",
             info["started_at"],
         )
+    for folder in sorted(results.glob("*/")):
+        if read_info(folder) is None and (inside := find_runs(folder)):
+            finished = sum((read_info(run) or {}).get("status") == "finished" for run in inside)
+            table.add_row(f"{folder.name}/", f"{finished} of {len(inside)} runs finished")
     console.print(table if table.row_count else f"no runs in {results}")
 
 
