@@ -3,7 +3,8 @@
     ax = fedsim.plot.accuracy("results/*", target=0.97)
     ax.figure.savefig("accuracy.png")
 
-A run may still be going: what is there is drawn. `ax=` draws into a figure of your own.
+A run may still be going: what is there is drawn. Damaged part files are left out, with a `FedsimWarning` for each.
+`ax=` draws into a figure of your own.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: there is no run, one is damaged, or the target cannot be reached.
+        InputError: there is no run, one cannot be read, or the target cannot be reached.
     """
     shown = views(runs)
     goal = None if target is None else Target("test_accuracy", target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ import pandas as pd
 from fedsim import datasets
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import InputError, RunFolderError, first_line
+from fedsim.errors import FedsimWarning, InputError, RunFolderError
 from fedsim.experiment import split
-from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, Column
+from fedsim.metrics import CLIENT_COLUMNS, Column
 from fedsim.resolution import resolve
-from fedsim.results import Run, load_runs
+from fedsim.results import Run, load_runs, read
 
 Given = Run | str | os.PathLike[str]
 """A run, its folder, or a pattern such as "results/*" for several."""
@@ -34,6 +35,7 @@ PARTS = {
 }
 """Of a round's time, and what they are called."""
 
+_NUMBERS = ("int32", "int64", "double")
 _IDENTITIES = ("round", "client_id", "actor", "pid")
 
 
@@ -48,6 +50,8 @@ class View:
     """See `Run.info`."""
     rounds: pd.DataFrame
     clients: pd.DataFrame
+    damage: tuple[str, ...] = ()
+    """What is wrong with part files, whose rows are missing."""
 
     @property
     def status(self) -> str:
@@ -61,10 +65,10 @@ class View:
 
 
 def views(given: Given | Iterable[Given]) -> list[View]:
-    """Reads runs, each once.
+    """Reads runs, each once; a damaged part file is left out, with a `FedsimWarning` that names it.
 
     Raises:
-        RunFolderError: there is none, or one is damaged.
+        RunFolderError: there is none, or one of which no round can be read.
     """
     items = [given] if isinstance(given, Run | str | os.PathLike) else list(given)
     runs = [run for item in items for run in ([item] if isinstance(item, Run) else load_runs(item))]
@@ -72,7 +76,10 @@ def views(given: Given | Iterable[Given]) -> list[View]:
         raise RunFolderError("no runs were given")
     runs = list({run.path.resolve() if run.path else id(run): run for run in runs}.values())
     names = [run.name for run in runs]
-    return [_view(run, str(run.path or run.name) if names.count(run.name) > 1 else run.name) for run in runs]
+    found = [_view(run, str(run.path or run.name) if names.count(run.name) > 1 else run.name) for run in runs]
+    for problem in (problem for run in found for problem in run.damage):
+        warnings.warn(f"{problem}; its rows are left out", FedsimWarning, stacklevel=3)
+    return found
 
 
 def view(given: Given) -> View:
@@ -91,31 +98,20 @@ def view(given: Given) -> View:
 
 def _view(run: Run, name: str) -> View:
     info = run.info  # before the records: what is finished has them all
-    try:
-        rounds, clients = run.rounds, run.clients
-    except (OSError, ValueError, TypeError, LookupError) as error:  # pyarrow's are these
-        raise RunFolderError(f"{run.path} is damaged: its records cannot be read: {first_line(error)}") from None
-    rounds = _typed(rounds, ROUND_COLUMNS, run.path).sort_values("round", ignore_index=True)
-    clients = _typed(clients, CLIENT_COLUMNS, run.path)
+    rounds, damage = _records(run, "rounds")
+    if damage and rounds.empty:
+        raise RunFolderError(f"not a round of {run.name} can be read: {damage[0]}")
+    clients, more = _records(run, "clients")
     clients = clients[clients["round"].isin(rounds["round"])]  # of a run still going, they come before their round
-    return View(name, run.path, run.config, info, rounds, clients)
+    return View(name, run.path, run.config, info, rounds, clients, (*damage, *more))
 
 
-def _typed(frame: pd.DataFrame, columns: Sequence[Column], path: Path | None) -> pd.DataFrame:
-    """The frame with every column, null where the run is of an fedsim that had none."""
-    if "round" not in frame:
-        raise RunFolderError(f"{path} is damaged: its records have no column round")
-    for column in columns:
-        if column.name not in frame:
-            frame[column.name] = np.nan
-        elif is_number(column) and not pd.api.types.is_numeric_dtype(frame[column.name]):
-            raise RunFolderError(f"{path} is damaged: its column {column.name} has no numbers")
-    return frame
-
-
-def is_number(column: Column) -> bool:
-    """Whether a column can be drawn."""
-    return str(column.type) in ("int32", "int64", "double")
+def _records(run: Run, kind: str) -> tuple[pd.DataFrame, list[str]]:
+    """As `Run.rounds` and `Run.clients`, with what is wrong with the part files that are left out."""
+    if run.path is None:
+        return (run.rounds if kind == "rounds" else run.clients), []
+    rows, damage = read(run.path, kind)
+    return rows.to_pandas(use_threads=False), damage
 
 
 def measure(column: str) -> Column:
@@ -124,7 +120,7 @@ def measure(column: str) -> Column:
     Raises:
         InputError: it is none.
     """
-    known = {c.name: c for c in CLIENT_COLUMNS if is_number(c) and c.name not in _IDENTITIES}
+    known = {c.name: c for c in CLIENT_COLUMNS if str(c.type) in _NUMBERS and c.name not in _IDENTITIES}
     if column not in known:
         raise InputError(f"{column!r} is no column of clients to be drawn; there are {', '.join(known)}")
     return known[column]

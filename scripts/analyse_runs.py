@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 import fedsim
-from fedsim import summaries
 
 
 def accuracy_by_round(rounds: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame:
@@ -69,11 +68,10 @@ def main(folders: Sequence[str]) -> None:
     """Prints every recipe."""
     runs = fedsim.load_runs(folders)
     rounds, clients = runs.rounds, runs.clients
-    for recipe in RECIPES:
-        print(f"\n# {recipe.__doc__}\n{recipe(rounds, clients).to_string(float_format='{:.4g}'.format)}")
-    # runs that differ in their seed only, together: means with 95 % intervals
-    means = summaries.over_seeds(summaries.summary(runs))
-    print(f"\n# Means over seeds, with their confidence intervals.\n{means.to_string(float_format='{:.4g}'.format)}")
+    tables = {recipe.__doc__: recipe(rounds, clients) for recipe in RECIPES}
+    tables["Means over seeds, with their confidence intervals."] = runs.over_seeds()
+    for title, table in tables.items():
+        print(f"\n# {title}\n{table.to_string(float_format='{:.4g}'.format)}")
 
 
 RECIPES = (accuracy_by_round, best_rounds, time_shares, participation, hardest_clients, drift, mishaps)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 
 import psutil
+import pyarrow.parquet as pq
 import torch
 
 from fedsim.config import Config
-from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
+from fedsim.metrics import CLIENT_COLUMNS, CLIENT_SCHEMA, ROUND_COLUMNS, ROUND_SCHEMA, VERSION_KEY
+
+COLUMNS = {"rounds": ROUND_COLUMNS, "clients": CLIENT_COLUMNS}
 
 SERIAL = Config().override(
     {
@@ -45,6 +48,24 @@ def assert_same_results(one, other):
 def content(folder):
     """Every file below a folder, with its bytes."""
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def rewrite(part, change):
+    """Writes a part again with another table."""
+    pq.write_table(change(pq.read_table(part)), part, write_page_checksum=True)
+
+
+def as_version(rows, version):
+    return rows.replace_schema_metadata({VERSION_KEY: str(version).encode()})
+
+
+def make_old(folder):
+    """The folder as the first fedsim would have written it."""
+    for kind, columns in COLUMNS.items():
+        old = [column.name for column in columns if column.since == 1]
+        assert len(old) < len(columns)
+        for part in (folder / f"{kind}.parquet").glob("part-*"):
+            rewrite(part, lambda rows, old=old: as_version(rows.select(old), 1))
 
 
 def wait_until(condition, timeout_s=30.0):

@@ -92,3 +92,14 @@ def make(folder, rounds=None, clients=None, config=SERIAL, status="finished", **
         if rows:
             parts.write_rows(folder, kind, rounds[0]["round"], rounds[-1]["round"], rows)
     return folder
+
+
+def make_damaged(folder, kind="rounds", content=b"PAR1 but no more"):
+    """Writes a run of rounds 0 to 3, and damages the part of `kind` with the rows of round 2; gives that part."""
+    make(folder, [round_row(0), round_row(1)])
+    for round in (2, 3):
+        parts.write_rows(folder, "clients", round, round, [client_row(round, client) for client in range(3)])
+        parts.write_rows(folder, "rounds", round, round, [round_row(round)])
+    part = folder / f"{kind}.parquet" / "part-000002-000002.parquet"
+    part.write_bytes(content)
+    return part

@@ -7,13 +7,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import SERIAL
-from made_runs import client_row, make, round_row
+from helpers import SERIAL, make_old
+from made_runs import client_row, make, make_damaged, round_row
 
 import analyse_runs
 import fedsim
 from fedsim import views
-from fedsim.errors import InputError, RunFolderError
+from fedsim.errors import FedsimWarning, InputError, RunFolderError
 
 
 @pytest.fixture(autouse=True)
@@ -52,28 +52,47 @@ def test_what_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"PAR1 but no more", b""])
-def test_a_damaged_part_is_said(tmp_path, content):
+@pytest.mark.parametrize(("kind", "last"), [("rounds", [0, 1, 3]), ("clients", [0, 1, 2, 3])])
+def test_a_damaged_part_is_named_and_the_rest_is_drawn(tmp_path, kind, last, content):
+    part = make_damaged(tmp_path / "a", kind, content)
+    with pytest.warns(FedsimWarning, match=rf"^{part} is damaged: .*; its rows are left out$") as said:
+        view = views.view(tmp_path / "a")
+    assert len(said) == 1
+    assert [str(part) in problem for problem in view.damage] == [True]
+    assert view.rounds["round"].tolist() == last
+    assert view.clients["round"].tolist() == [1, 1, 1, 3, 3, 3], "of whole rounds"
+    with pytest.warns(FedsimWarning, match="is damaged") as said:
+        ax = fedsim.plot.accuracy(tmp_path / "a")
+    assert ax.get_lines()[0].get_xdata().tolist() == last
+    assert said[0].filename == __file__, "where it was asked for"
+
+
+def test_a_run_of_which_no_round_can_be_read(tmp_path):
     folder = make(tmp_path / "a")
-    (folder / "rounds.parquet" / "part-000004-000004.parquet").write_bytes(content)
-    with pytest.raises(RunFolderError, match=r"a is damaged: its records cannot be read"):
+    part = folder / "rounds.parquet" / "part-000000-000003.parquet"
+    part.write_bytes(b"")
+    with pytest.raises(RunFolderError, match=rf"^not a round of a can be read: {part} is damaged: .*$"):
         views.view(folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda frame: frame.drop(columns="round"), "no column round"),
-        (lambda frame: frame.assign(test_accuracy="high"), "column test_accuracy has no numbers"),
-    ],
-)
-def test_records_of_another_kind_are_said(tmp_path, change, message):
+def test_a_run_whose_clients_cannot_be_read_has_its_rounds(tmp_path):
     folder = make(tmp_path / "a")
-    frame = change(pd.read_parquet(folder / "rounds.parquet"))
-    for path in (folder / "rounds.parquet").iterdir():
-        path.unlink()
-    frame.to_parquet(folder / "rounds.parquet" / "part-000000-000003.parquet")
-    with pytest.raises(RunFolderError, match=message):
-        views.view(folder)
+    (folder / "clients.parquet" / "part-000000-000003.parquet").write_bytes(b"")
+    with pytest.warns(FedsimWarning, match=r"clients\.parquet/part-000000-000003\.parquet is damaged"):
+        view = views.view(folder)
+    assert (view.last, len(view.clients)) == (3, 0)
+
+
+@pytest.mark.parametrize("rows", [None, [], [round_row(0)]])
+def test_runs_of_an_earlier_fedsim_are_as_those_of_this_one(tmp_path, rows):
+    """They have no evaluation of clients, and their columns for it are null."""
+    folder = make(tmp_path / "a", rows)
+    new = views.view(folder)
+    make_old(folder)
+    old = views.view(folder)
+    pd.testing.assert_frame_equal(old.rounds, new.rounds)
+    pd.testing.assert_frame_equal(old.clients, new.clients)
+    assert len(fedsim.plot.clients(folder, "accuracy_before").get_lines()[0].get_xdata()) == 0
 
 
 def test_clients_of_a_round_that_is_not_there_yet_are_left_out(tmp_path):
@@ -189,6 +208,15 @@ def test_clients_draws_the_median_and_bands(tmp_path):
     assert fedsim.plot.clients(tmp_path / "a").get_ylabel() == "train_loss (nats)"
 
 
+@pytest.mark.parametrize("column", ["accuracy_before", "accuracy_after"])
+def test_clients_draws_their_own_evaluation(column):
+    run = fedsim.run(SERIAL.override({"evaluation.clients": True}), results=None)
+    ax = fedsim.plot.clients(run, column)
+    (median,) = ax.get_lines()
+    assert median.get_ydata().tolist() == pytest.approx(run.clients.groupby("round")[column].median().tolist())
+    assert ax.get_ylabel() == f"{column} (fraction)"
+
+
 @pytest.mark.parametrize("column", ["loss", "status", "client_id", "pid"])
 def test_what_is_no_column_of_clients(tmp_path, column):
     with pytest.raises(
@@ -247,9 +275,6 @@ def test_recipes_by_hand(tmp_path):
     rows = [client_row(round, client) for round in (1, 2, 3) for client in range(3)]
     rows[-1] |= {"status": "rejected", "train_loss": None, "update_l2_norm": None, "cosine_to_mean": None}
     make(tmp_path / "a", [*map(round_row, range(3)), round_row(3, num_retries=2)], rows)
-    for path in (tmp_path / "a").glob("*.parquet/*"):
-        frame = pd.read_parquet(path)
-        frame.assign(run="a").to_parquet(path)
     runs = fedsim.load_runs(tmp_path / "*")
     tables = {recipe.__name__: recipe(runs.rounds, runs.clients) for recipe in analyse_runs.RECIPES}
     assert tables["accuracy_by_round"]["a"].tolist() == pytest.approx([0.1, 0.55, 0.7, 0.775])

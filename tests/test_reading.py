@@ -6,21 +6,19 @@ import warnings
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from helpers import SERIAL, assert_same_results, content
+from helpers import COLUMNS, SERIAL, as_version, assert_same_results, content, make_old, rewrite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedsim
 from fedsim.errors import FedsimWarning, NewerVersionError, RunFolderError
-from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, SCHEMA_VERSION, VERSION_KEY
+from fedsim.metrics import SCHEMA_VERSION
 from fedsim.recording import Recording
 from fedsim.results import load_run, load_runs, read
 from fedsim.results.parts import SCHEMAS
 from fedsim.verification import verify
 
-COLUMNS = {"rounds": ROUND_COLUMNS, "clients": CLIENT_COLUMNS}
 KINDS = list(COLUMNS)
 CONFIG = SERIAL.override({"checkpoint.every_s": 0, "checkpoint.keep": "all"})
 PART = "part-000002-000002.parquet"
@@ -42,24 +40,6 @@ def folder(made, tmp_path):
 
 def frame(run, kind):
     return getattr(run, kind)
-
-
-def rewrite(part, change):
-    """Writes a part again with another table."""
-    pq.write_table(change(pq.read_table(part)), part, write_page_checksum=True)
-
-
-def as_version(rows, version):
-    return rows.replace_schema_metadata({VERSION_KEY: str(version).encode()})
-
-
-def make_old(folder):
-    """The folder as the first fedsim would have written it."""
-    for kind, columns in COLUMNS.items():
-        old = [column.name for column in columns if column.since == 1]
-        assert len(old) < len(columns)
-        for part in (folder / f"{kind}.parquet").glob("part-*"):
-            rewrite(part, lambda rows, old=old: as_version(rows.select(old), 1))
 
 
 # --- Older -----------------------------------------------------------------------------------------------------------

@@ -4,21 +4,20 @@ import base64
 import hashlib
 import json
 import re
+import shutil
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
-import pyarrow as pa
 import pytest
-from helpers import SERIAL, content
-from made_runs import client_row, make, round_row
+from helpers import SERIAL, as_version, content, make_old, rewrite
+from made_runs import client_row, make, make_damaged, round_row
 
 import fedsim
 from fedsim import cli, reporting, views
-from fedsim.errors import InputError, RunFolderError
-from fedsim.metrics import Column
-from fedsim.reporting import Shown, html, learning
+from fedsim.errors import FedsimWarning, InputError, RunFolderError
+from fedsim.reporting import html, learning
 from fedsim.run_folder import lock
 from fedsim.statistics import interval
 
@@ -223,20 +222,43 @@ def test_a_target_that_cannot_be_is_refused(tmp_path):
         fedsim.report(make(tmp_path / "a"), target={"accuracy": 0.9})
 
 
-def test_fairness_is_drawn_where_it_was_measured(tmp_path, monkeypatch):
-    names = [f"accuracy_{when}_{what}" for when in ("before", "after") for what in ("mean", "worst_decile")]
-    columns = (*learning.ROUND_COLUMNS, *(Column(name, pa.float64(), "fraction", "") for name in names))
-    for module in ("fedsim.reporting.learning", "fedsim.summaries"):
-        monkeypatch.setattr(f"{module}.ROUND_COLUMNS", columns)
-    view = views.view(make(tmp_path / "a"))
-    view.rounds[names] = np.nan
-    assert learning.fairness(Shown([view], [])) is None
-    for name in names:
-        view.rounds[name] = [np.nan, 0.25, np.nan, 0.5] if "after" in name else np.nan
-    made = learning.fairness(Shown([view], []))
-    assert "Accuracy on a client&#x27;s own data, after its training" in made
-    assert "worst tenth of the clients 0.5 in round 3." in made
-    assert "before its training" not in made
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """Of shards of two labels, so that the clients differ."""
+    config = SERIAL.override({"evaluation.clients": True, "data.partition.name": "shards", "clients.count": 10})
+    run = fedsim.run(config, results=tmp_path_factory.mktemp("results"), name="fair")
+    return run, Page(fedsim.report(run))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_fairness_is_the_runs_numbers(evaluated, when):
+    run, page = evaluated
+    for what, called in learning.FAIRNESS.items():
+        trace = page.trace(f"Accuracy on a client's own data, {when} its training", called[0])
+        values = run.rounds.set_index("round")[f"accuracy_{when}_{what}"].dropna()
+        assert trace["x"] == values.index.tolist() == [1, 2, 3]
+        assert trace["y"] == pytest.approx(values.tolist(), rel=1e-4)
+        assert f"{called[0]} {values.iloc[-1]:.4g} in round 3." in page.text["Fairness"]
+
+
+def test_the_clients_accuracies_are_drawn(evaluated):
+    run, page = evaluated
+    median = page.chart("Accuracy on its own data, after its training")["data"][-1]
+    assert median["y"] == pytest.approx(run.clients.groupby("round")["accuracy_after"].median().tolist(), rel=1e-4)
+
+
+def test_fairness_beside_a_run_that_did_not_measure_it(evaluated, real, tmp_path):
+    page = page_of(real[0], evaluated[0], path=tmp_path / "page.html")
+    names = [trace["name"] for trace in page.chart("Accuracy on a client's own data, after")["data"]]
+    assert names == ["B: mean client", "B: worst tenth of the clients"]
+
+
+def test_accuracies_of_one_moment_only(tmp_path):
+    """As of clients whose updates were rejected."""
+    measured = {"accuracy_before_mean": 0.5, "accuracy_before_worst_decile": 0.25}
+    words = page_of(make(tmp_path / "a", [round_row(0), round_row(1, **measured)])).text["Fairness"]
+    assert "worst tenth of the clients 0.25 in round 1." in words
+    assert "after its training" not in words
 
 
 # ---------------------------------------------------------------- states
@@ -283,14 +305,36 @@ def test_rounds_without_an_evaluation_are_gaps(tmp_path):
     assert "No accuracy was measured in 3 rounds" in none.text[""]
 
 
-def test_records_of_an_earlier_fedsim_lack_columns(tmp_path):
+def test_a_run_of_an_earlier_fedsim_has_the_page_of_this_one(tmp_path):
     folder = make(tmp_path / "a")
-    for kind, lacking in (("rounds", ["num_retries", "evaluate_s"]), ("clients", ["cosine_to_mean", "error"])):
-        for path in (folder / f"{kind}.parquet").iterdir():
-            pd.read_parquet(path).drop(columns=lacking).to_parquet(path)
-    page = page_of(folder)
-    assert not [label for label in page.charts if label.startswith("Agreement")]
-    assert "No client failed" in page.text["Failures and retries"]
+    new = page_of(folder)
+    make_old(folder)
+    old = page_of(folder)
+    assert old.charts == new.charts
+    assert list(old.text) == list(new.text)
+    assert "Fairness" not in old.text
+    assert "No client failed" in old.text["Failures and retries"]
+
+
+def test_old_and_new_runs_side_by_side(tmp_path, evaluated):
+    make_old(make(tmp_path / "a"))
+    page = page_of(tmp_path / "a", evaluated[0], path=tmp_path / "page.html")
+    assert [trace["name"] for trace in page.chart("Test accuracy")["data"]] == ["A", "B"]
+
+
+@pytest.mark.parametrize("name", ["a", "<img src=x onerror=alert(1)>"])
+@pytest.mark.parametrize(("kind", "rounds"), [("rounds", [0, 1, 3]), ("clients", [0, 1, 2, 3])])
+def test_a_damaged_part_is_named_on_the_page(tmp_path, name, kind, rounds):
+    part = make_damaged(tmp_path / name, kind)
+    make(tmp_path / "whole")
+    with pytest.warns(FedsimWarning, match="is damaged") as said:
+        pages = page_of(tmp_path / name), page_of(tmp_path / name, tmp_path / "whole")
+    assert len(said) == 2, "once a page"
+    for page in pages:
+        assert f"Rows are missing: {part} is damaged: Parquet" in page.text[""]
+        assert not [entry for entry in page.attributes if entry[0] == "img"]
+    assert pages[0].chart("Test accuracy")["data"][0]["x"] == rounds
+    assert pages[0].chart("Training loss. ")["data"][-1]["x"] == [1, 3]
 
 
 def test_labels_of_an_own_data_set_are_left_out(tmp_path):
@@ -493,14 +537,25 @@ def test_the_command_says_where_it_is(tmp_path, capsys):
     assert (tmp_path / "own.html").exists()
 
 
-def damage(folder):
-    (folder / "rounds.parquet" / "part-000000-000003.parquet").write_bytes(b"PAR1")
+def test_the_command_warns_of_a_damaged_part(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command line replaces
+    part = make_damaged(tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert command("a", "--results", tmp_path) == 0
+    assert f"fedsim: {part} is damaged: " in capsys.readouterr().err
+    assert "Rows are missing" in Page(tmp_path / "a" / "report.html").text[""]
+
+
+PART = "rounds.parquet/part-000000-000003.parquet"
 
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (damage, "is damaged: its records cannot be read"),
+        (lambda folder: (folder / PART).write_bytes(b"PAR1"), "not a round of a can be read"),
+        (lambda folder: rewrite(folder / PART, lambda rows: as_version(rows, 999)), "update fedsim"),
+        (lambda folder: shutil.rmtree(folder / "clients.parquet"), "clients.parquet is missing"),
         (lambda folder: (folder / "run.json").write_text("{"), "is not a run"),
         (lambda folder: (folder / "run.json").unlink(), "`fedsim runs` lists them"),
         (lambda folder: (folder / "config.toml").write_text("rounds = 'many'"), "rounds"),

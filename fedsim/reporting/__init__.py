@@ -37,6 +37,8 @@ def report(
 ) -> Path:
     """Writes a page with plots of runs: of one, or of several side by side. It works offline.
 
+    Damaged part files are left out, with a `FedsimWarning` for each; the page names them too.
+
     Args:
         runs: runs, their folders, or patterns such as "results/*"; they may still be going.
         path: the file; None for report.html in the run's folder, or in the folder that all runs are in.
@@ -46,7 +48,7 @@ def report(
         The file.
 
     Raises:
-        InputError: there is no run, one is damaged, or the file cannot be written.
+        InputError: there is no run, one cannot be read, or the file cannot be written.
     """
     return write(views(runs), None if path is None else Path(path), targets(target or {}))
 

@@ -68,8 +68,7 @@ def _participation(shown: Shown, alike: Sequence[View]) -> str:
 
 def distributions(shown: Shown) -> str | None:
     """How the clients' numbers are distributed, by round, all runs of a group together."""
-    there = [column for column in DISTRIBUTIONS if column in shown.runs[0].clients]
-    figures = [figure for column in there if (figure := _distribution(shown, column))]
+    figures = [figure for column in DISTRIBUTIONS if (figure := _distribution(shown, column))]
     if not figures:
         return None
     is_one = len(shown.groups) == 1

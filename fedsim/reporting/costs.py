@@ -91,7 +91,7 @@ def payload(shown: Shown) -> str | None:
 def mishaps(shown: Shown) -> str | None:
     """What failed, and how it was met."""
     made = "".join(_error(run) for run in shown.runs)
-    totals = {run.name: run.rounds[list(MISHAPS)].fillna(0).astype(int).sum() for run in shown.runs}
+    totals = {run.name: run.rounds[list(MISHAPS)].sum() for run in shown.runs}
     resumes = {run.name: len(run.info.get("resumes", [])) for run in shown.runs}
     if not sum(total.sum() for total in totals.values()):
         made += html.paragraph("No client failed, was rejected or left out, and none had to be started again.")
@@ -116,7 +116,7 @@ def _error(run: View) -> str:
 
 
 def _mishaps_by_round(run: View) -> str:
-    whole = run.rounds.set_index("round")[list(MISHAPS)].fillna(0)
+    whole = run.rounds.set_index("round")[list(MISHAPS)]
     frame, width = thinned(whole, charts.MOST_BARS)
     frame.index = pd.Index(frame.index + (width - 1) / 2)
     there = {column: known for column, known in MISHAPS.items() if whole[column].any()}

@@ -29,18 +29,23 @@ def header(shown: Shown) -> str:
     """Names, states, dates and outcomes."""
     heading = html.escape(title(shown))
     if not shown.is_one:
-        return f"<h1>{heading}</h1>" + _groups(shown) + _runs(shown)
+        return f"<h1>{heading}</h1>" + _damage(shown) + _groups(shown) + _runs(shown)
     (run,) = shown.runs
     kind = run.status if run.status in STATUSES else "interrupted"
     status = f'<span class="status {kind}">{html.escape(_state(run))}</span>'
-    return (
-        f"<h1>{heading} {status}</h1>" + html.paragraph(_outcome(run), "outcome") + html.paragraph(_dates(run), "quiet")
-    )
+    words = html.paragraph(_outcome(run), "outcome") + html.paragraph(_dates(run), "quiet")
+    return f"<h1>{heading} {status}</h1>" + _damage(shown) + words
 
 
 def footer() -> str:
     """When the page was made."""
     return html.paragraph(f"Made by fedsim report, {_time(datetime.now(UTC))}, from the Parquet files of the runs.")
+
+
+def _damage(shown: Shown) -> str:
+    """Which rows are missing from all that the page says."""
+    said = [f"Rows are missing: {problem}" for run in shown.runs for problem in run.damage]
+    return "".join(html.paragraph(text, "damage") for text in said)
 
 
 def _state(run: View) -> str:

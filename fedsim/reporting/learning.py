@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from fedsim.metrics import ROUND_COLUMNS
 from fedsim.reporting import charts, html
 from fedsim.reporting.charts import Line
 from fedsim.reporting.shown import Shown
@@ -106,12 +105,11 @@ def fairness(shown: Shown) -> str | None:
 
 
 def _fairness(shown: Shown, when: str) -> str | None:
-    known = {column.name for column in ROUND_COLUMNS}
     lines, said = [], []
     for group in shown.groups:
         for what, (called, dash) in FAIRNESS.items():
-            column = f"accuracy_{when}_{what}"
-            if column not in known or (frame := charts.thin(curve(group.runs, column))).empty:
+            frame = charts.thin(curve(group.runs, f"accuracy_{when}_{what}"))
+            if frame.empty:
                 continue
             lines.append(Line(f"{group.prefix}{called}", frame["mean"], [], group.color, dash))
             said.append(f"{group.prefix}{called} {frame['mean'].iloc[-1]:.4g} in round {frame.index[-1]}.")
