@@ -94,7 +94,7 @@ def parting(one: Run, other: Run) -> Difference | None:
         RunFolderError: the records of one cannot be read.
     """
     first, second = Recorded(one), Recorded(other)
-    for round in range(min(first.last, second.last) + 1):
+    for round in sorted(first.rounds.keys() & second.rounds.keys()):
         differences = itertools.chain(
             _in_round(round, first.clients(round), second.clients(round)),
             _differences(round, None, _ROUND_RESULTS, first.rounds[round], second.rounds[round]),

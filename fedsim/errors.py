@@ -51,6 +51,10 @@ class RunFailedError(FedsimError):
     """The run started and could not be finished; its finished rounds stay readable."""
 
 
+class DivergedError(RunFailedError):
+    """Training diverged: no update, or the new weights, are finite. An answer like another, if not a nice one."""
+
+
 class ClientError(RunFailedError):
     """Code of a client raised: a bug in a model, a loss or a data set, never retried.
 

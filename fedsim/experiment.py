@@ -121,7 +121,7 @@ def prepare(
         layout=layout,
         initial_weights=initial_weights,
         obstacle=obstacle,
-        own={name: _called(part) for name, part in own.items() if part is not None},
+        own={name: called(part) for name, part in own.items() if part is not None},
     )
 
 
@@ -141,8 +141,9 @@ def _same_data(config: Config, after: Experiment | None) -> Dataset | None:
     return after.dataset if after and is_same else None
 
 
-def _called(part: Any) -> str:
+def called(part: Any) -> str:
+    """What run.json calls a part that came from Python."""
     if isinstance(part, Strategy):  # after the function that makes it: `Strategy` says nothing
-        return _called(part.aggregate).partition(".<locals>")[0]
+        return called(part.aggregate).partition(".<locals>")[0]
     kind = part if hasattr(part, "__qualname__") else type(part)
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsim.actors import Assignment
 from fedsim.config import Config
-from fedsim.errors import FedsimWarning, PlanError
+from fedsim.errors import DivergedError, FedsimWarning, PlanError
 from fedsim.placement import Node, Plan, Size, cpu_node, local_node, make_plan
 from fedsim.resolution import address, resolve
 from fedsim.sampling import cohort_size
@@ -142,6 +142,8 @@ class Warm:
         self._plan = plan
         try:
             yield plan
+        except DivergedError:  # it ended between two rounds, and the actors are well
+            raise
         except BaseException:  # who knows what its actors are at
             self.close()
             raise

@@ -18,7 +18,7 @@ from fedsim import environment, launch, models
 from fedsim.actors import PoolInfo
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import ClientError, InputError, RunFailedError
+from fedsim.errors import ClientError, DivergedError, InputError, RunFailedError
 from fedsim.experiment import Experiment, prepare
 from fedsim.homes import Home, NewRun
 from fedsim.launch import Launch
@@ -137,6 +137,8 @@ class Recording:
         on_plan: Callable[[Recording], object] = lambda recording: None,
     ) -> Self:
         """The recording of a new run; arguments and errors as of `run`, the others as of the class."""
+        for goal in stop_at:
+            goal.check(config)
         called = check_name(name if name is not None else config.name)
         make = partial(target, Path(results), name, config.name, overwrite) if results is not None else None
         folder = make() if make else None  # refuses a name before anything is loaded
@@ -186,10 +188,10 @@ class Recording:
         """Says with an error what the user can do about it."""
         if self.folder is None or not isinstance(error, RunFailedError):
             return
+        if isinstance(error, DivergedError):
+            return  # it would diverge again
         if not isinstance(error, ClientError):
-            is_diverged = self.last is not None and 0 < self.last.num_sampled == self.last.num_rejected
-            if not is_diverged:  # it would diverge again
-                error.add_note(f"{how_to_resume(self.folder, self.experiment.own)} goes on with the run")
+            error.add_note(f"{how_to_resume(self.folder, self.experiment.own)} goes on with the run")
         elif error.client_id >= 0:
             error.add_note(_how_to_replay(self.folder, error, self.experiment.own))
 

@@ -108,13 +108,13 @@ def paths_of(runs: Sequence[str], results: Path) -> list[Path]:
     found: list[Path] = []
     for run in runs:
         for folder in (Path(run), results / run):
-            inside = sorted(path.parent for path in folder.glob("*/run.json"))
+            inside = sorted(path.parent for path in folder.glob("[!.]*/run.json"))
             if inside and not (folder / "run.json").exists():
                 found += inside
                 break
         else:
             found.append(path_of(run, results))
-    return list(dict.fromkeys(found))
+    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedsim.actors import FitResult, Pool
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import RunFailedError
+from fedsim.errors import DivergedError, RunFailedError
 from fedsim.experiment import Experiment, prepare
 from fedsim.fairness import fairness
 from fedsim.launch import connect, open_pool
@@ -82,7 +82,7 @@ def federated_averaging(x: Experiment, pool: Pool, start: Start | None = None) -
                 evaluation = pool.evaluate(round, weights, then=x.sample(round + 1) if round < x.config.rounds else ())
         yield Round(_record(round, clock, weights, evaluation, step), weights, state)
         if step.update_l2_norm is None:  # after its rows are written: they say what happened
-            raise RunFailedError(_without_update(x, round, results))
+            raise _without_update(x, round, results)
 
 
 def _round_0(x: Experiment, pool: Pool) -> Round:
@@ -95,7 +95,7 @@ def _round_0(x: Experiment, pool: Pool) -> Round:
     return Round(_record(0, clock, weights, evaluation), weights, state)
 
 
-def _without_update(x: Experiment, round: int, results: Sequence[FitResult]) -> str:
+def _without_update(x: Experiment, round: int, results: Sequence[FitResult]) -> RunFailedError:
     rejected, lost = [r for r in results if r.update], [r for r in results if not r.update]
     causes = []
     if rejected:
@@ -104,7 +104,8 @@ def _without_update(x: Experiment, round: int, results: Sequence[FitResult]) -> 
         )
     if lost:
         causes.append(f"{len(lost)} clients were lost after all retries ({lost[0].error})")
-    return f"round {round}: nothing to average: {', and '.join(causes)}"
+    said = f"round {round}: nothing to average: {', and '.join(causes)}"
+    return RunFailedError(said) if lost else DivergedError(said)
 
 
 def rounds(
@@ -176,7 +177,7 @@ def _aggregate(x: Experiment, round: int, weights: Weights, state: State, result
     state = check_state(state, f"round {round}: the strategy's aggregate")
     update_l2_norm = l2_norm(flat.double() - weights.flat.double())
     if not math.isfinite(update_l2_norm):
-        raise RunFailedError(f"round {round}: the strategy gave weights that are not finite")
+        raise DivergedError(f"round {round}: the strategy gave weights that are not finite")
     cosine_to_mean = {update.client_id: angle for update, angle in zip(completed, angles, strict=True)}
     return _Step(
         Weights(flat, read_only_tensor(completed[0].integers).clone()),

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from fedsim.config import Config
-from fedsim.config.changes import flat
+from fedsim.config.changes import flat, may_change
 from fedsim.errors import InputError
 from fedsim.metrics import ROUND_COLUMNS
 from fedsim.statistics import interval
@@ -39,6 +41,11 @@ class Read(Protocol):
         ...
 
     @property
+    def info(self) -> dict[str, Any]:
+        """What run.json says."""
+        ...
+
+    @property
     def rounds(self) -> pd.DataFrame:
         """One row a round."""
         ...
@@ -47,26 +54,25 @@ class Read(Protocol):
 def groups(runs: Sequence[Read]) -> dict[str, list[Read]]:
     """Runs that differ in their seed at most, named after the keys in which the groups differ.
 
-    Neither the run's name nor how far, where and how carefully it was computed makes a difference: rounds, placement,
-    failures and checkpoint are left out. Runs of one group and one seed would be the same run.
+    Neither the run's name nor where and how carefully it was computed makes a difference; own parts do, by their names.
     """
-    keys = [_what_is_computed(run.config) for run in runs]
-    differing = {
-        key for one in keys for key in one for other in keys if key != "seed" and one[key] != other.get(key, _NONE)
-    }
+    keys = [_what_is_computed(run) for run in runs]
+    values: dict[str, set[str]] = {key: set() for one in keys for key in one}
+    for one in keys:
+        for key, seen in values.items():
+            seen.add(repr(one.get(key)))
     found: dict[str, list[Read]] = {}
-    for run, values in zip(runs, keys, strict=True):
-        label = ", ".join(f"{key}={values[key]}" for key in values if key in differing) or run.config.name
+    for run, one in zip(runs, keys, strict=True):
+        label = ", ".join(f"{key}={value}" for key, value in one.items() if len(values[key]) > 1) or run.config.name
         found.setdefault(label, []).append(run)
     return found
 
 
-_NONE = object()
-
-
-def _what_is_computed(config: Config) -> dict[str, Any]:
-    left_out = ("name", "rounds", "placement", "failures", "checkpoint")
-    return {key: value for key, value in flat(config.to_dict()) if key.partition(".")[0] not in left_out}
+def _what_is_computed(run: Read) -> dict[str, Any]:
+    left_out = ("name", "seed", "evaluation.clients")
+    told = {key: value for key, value in flat(run.config.to_dict()) if key not in left_out}
+    computed = {key: value for key, value in told.items() if key == "rounds" or not may_change(key)}
+    return computed | {f"own {part}": name for part, name in run.info.get("own", {}).items()}
 
 
 def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:
@@ -80,7 +86,7 @@ def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:
         Columns `run`, `group` (see `groups`), `seed`, `status`, `rounds` (done), `final_accuracy`, `best_accuracy`,
         `best_round`, `seconds` (of all rounds); with a target also `rounds_to_target` (by the paper's rule, see
         `Target.crossing`), `seconds_to_target` and `bytes_to_target` (down and up, of all clients), NaN where the run
-        has not reached it.
+        has not reached it, or rounds before are missing.
     """
     import pandas as pd
 
@@ -106,6 +112,7 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
     }
     if target is None:
         return row
+    rounds = rounds[rounds["round"].to_numpy() == np.arange(len(rounds))].copy()  # up to the first that is missing
     rounds["seconds"] = rounds["round_s"].cumsum()
     rounds["bytes"] = (rounds["bytes_down"] + rounds["bytes_up"]).cumsum()
     crossings = {
@@ -119,7 +126,7 @@ def over_seeds(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a group and a measure: the mean over its runs and its confidence interval.
 
     Args:
-        summary: from `summary`.
+        summary: from `summary`. Of runs of one group and seed, which are one run, only the longest counts.
 
     Returns:
         Columns `group`, `measure`, `mean`, `low`, `high`, `number` (of runs that have the measure), `of` (runs). The
@@ -128,7 +135,7 @@ def over_seeds(summary: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for label, members in summary.groupby("group", sort=False):
+    for label, members in _one_a_seed(summary).groupby("group", sort=False):
         for measure in (name for name in _MEASURES if name in summary):
             found = interval(members[measure].dropna().tolist())
             rows.append({"group": label, "measure": measure, **found._asdict(), "of": len(members)})
@@ -145,22 +152,29 @@ def paired(summary: pd.DataFrame) -> pd.DataFrame:
         summary: from `summary`.
 
     Returns:
-        Columns `group`, `than`, `measure`, `mean` (of the differences), `low`, `high`, `number` (of seeds that both
-        have); no row where there is none.
+        Columns `group`, `than`, `measure`, `mean` (of the differences), `low`, `high`, `number` (of seeds of which both
+        have the measure), `of` (seeds that both have); no row where there is none.
     """
     import pandas as pd
 
-    found = [(label, members.set_index("seed")) for label, members in summary.groupby("group", sort=False)]
+    chosen = _one_a_seed(summary)
+    found = [(label, members.set_index("seed")) for label, members in chosen.groupby("group", sort=False)]
     rows = []
     for label, members in found[1:]:
         than, base = found[0]
         for measure in (name for name in _MEASURES if name in summary):
-            one, other = (each[measure].groupby(level=0).first() for each in (members, base))
-            differences = (one - other).dropna()
+            differences = (members[measure] - base[measure]).dropna()
             if len(differences):
                 values = interval(differences.tolist())._asdict()
-                rows.append({"group": label, "than": than, "measure": measure, **values})
-    return pd.DataFrame(rows, columns=["group", "than", "measure", "mean", "low", "high", "number"])
+                of = len(members.index.intersection(base.index))
+                rows.append({"group": label, "than": than, "measure": measure, **values, "of": of})
+    return pd.DataFrame(rows, columns=["group", "than", "measure", "mean", "low", "high", "number", "of"])
+
+
+def _one_a_seed(summary: pd.DataFrame) -> pd.DataFrame:
+    """The longest run of each group and seed, in the order given."""
+    longest = summary.sort_values("rounds", ascending=False, kind="stable").drop_duplicates(["group", "seed"])
+    return longest.sort_index()
 
 
 def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:
@@ -179,7 +193,13 @@ def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:
     import pandas as pd
 
     check_column(column)
-    values = pd.concat([run.rounds.set_index("round")[column].rename(i) for i, run in enumerate(runs)], axis=1)
+    longest: dict[int, pd.DataFrame] = {}  # of each seed: others would be the same run again
+    for run in runs:
+        rounds, seed = run.rounds, run.config.seed
+        if seed not in longest or len(rounds) > len(longest[seed]):
+            longest[seed] = rounds
+    frames = [rounds.set_index("round")[column].rename(seed) for seed, rounds in longest.items()]
+    values = pd.concat(frames, axis=1)
     values = values.dropna(how="all").sort_index()
     rows = [interval([x for x in row if not math.isnan(x)])._asdict() for row in values.astype(float).to_numpy()]
     return pd.DataFrame(rows, index=values.index, columns=["mean", "low", "high", "number"])

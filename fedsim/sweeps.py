@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +22,13 @@ from fedsim.compatibility import Own
 from fedsim.config import RUN_NAME, Config
 from fedsim.config.changes import flat, may_change
 from fedsim.datasets import Dataset
-from fedsim.errors import ConfigError, RunFailedError, RunFolderError
-from fedsim.experiment import Experiment, prepare
+from fedsim.errors import ConfigError, DivergedError, RunFolderError
+from fedsim.experiment import Experiment, called, prepare
 from fedsim.homes import NewRun
 from fedsim.launch import Warm
 from fedsim.recording import Recording
 from fedsim.resolution import resolve
-from fedsim.results import Run, Runs, load_run
+from fedsim.results import Runs, load_run
 from fedsim.resumption import plan_resume
 from fedsim.run_folder import check_name, read_info, read_run, stopped, target
 from fedsim.strategies import Strategy
@@ -84,13 +84,9 @@ def sweep(
     found = members(config, grid or {}, seeds, folder_of(Path(results), name, config), goals, own)
     with contextlib.closing(recordings(found, goals, own)) as unfinished:
         for recording in unfinished:
-            try:
-                with recording:
-                    for _ in recording:
-                        pass
-            except RunFailedError:
-                if not has_diverged(recording):
-                    raise
+            with contextlib.suppress(DivergedError), recording:
+                for _ in recording:
+                    pass
     return Runs(load_run(member.folder, model=model) for member in found)
 
 
@@ -120,13 +116,16 @@ def members(
         ConfigError: a key or value is wrong, or there is nothing to choose from.
         RunFolderError: a folder holds another run.
     """
-    axes = {key: list(values) for key, values in grid.items()}
+    for key, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ConfigError(f"the grid has {key} = {values!r}: give a list of values")
+    axes = {key: [_plain(value) for value in values] for key, values in grid.items()}
     for key, values in axes.items():
         if key in ("seed", "name"):
             raise ConfigError(f"{key} cannot be in the grid: " + {"seed": "give seeds", "name": "runs are named"}[key])
         if not values:
             raise ConfigError(f"the grid has no values for {key}: give at least one")
-    chosen = list(seeds) if seeds is not None else [config.seed]
+    chosen = [_plain(seed) for seed in seeds] if seeds is not None else [config.seed]
     if not chosen:
         raise ConfigError("there are no seeds: give at least one")
     short = _short_names(axes)
@@ -141,8 +140,15 @@ def members(
             if not RUN_NAME.fullmatch(name):
                 raise ConfigError(f"a run would be called {name}, which is no name for a run: sweep over fewer keys")
             resolved = resolve(config.override({**changes, "seed": seed}), own_strategy=own.strategy is not None)
-            found[name] = _member(folder / name, resolved, stop_at)
+            for goal in stop_at:
+                goal.check(resolved)
+            found[name] = _member(folder / name, resolved, stop_at, own)
     return list(found.values())
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it, where numpy gave it."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
@@ -163,7 +169,7 @@ def _text(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
-def _member(folder: Path, config: Config, stop_at: Sequence[Target]) -> Member:
+def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Own) -> Member:
     """A run as it is there.
 
     Raises:
@@ -177,12 +183,14 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target]) -> Member:
     was, now = _wanted(there), _wanted(config)
     was["stop_at"] = ", ".join(info.get("stop_at", []))
     now["stop_at"] = ", ".join(map(str, stop_at))
+    was |= {f"own {part}": name for part, name in info["own"].items()}
+    now |= {f"own {part}": called(given) for part, given in vars(own).items() if given is not None}
     for key in dict.fromkeys([*now, *was]):
         if was.get(key) != now.get(key):
             raise RunFolderError(
                 f"{folder} is there with {key} = {was.get(key)!r}, not {now.get(key)!r}: give this sweep another --name"
             )
-    is_over = info["status"] == "finished" or (info["status"] == "failed" and _is_diverged(load_run(folder)))
+    is_over = info["status"] == "finished" or str(info["error"]).startswith(f"{DivergedError.__name__}:")
     return Member(folder, config, "finished" if is_over else "stopped")
 
 
@@ -190,11 +198,6 @@ def _wanted(config: Config) -> dict[str, Any]:
     """What two runs must have in common for one to be the other; where they were computed is nothing to it."""
     values = dict(flat(config.to_dict()))
     return {key: value for key, value in values.items() if key != "name" and (key == "rounds" or not may_change(key))}
-
-
-def _is_diverged(run: Run) -> bool:
-    rows = run.rounds
-    return len(rows) > 1 and bool(rows["num_rejected"].iloc[-1] == rows["num_sampled"].iloc[-1])
 
 
 def recordings(
@@ -219,9 +222,3 @@ def recordings(
                     if resumption is not None:
                         goals = resumption.stop_at
                         yield Recording(resumption.experiment, resumption, stop_at=goals, debug=debug, launch=warm)
-
-
-def has_diverged(recording: Recording) -> bool:
-    """Whether a run that failed did so as its training diverged: then it is an answer, and the sweep goes on."""
-    last = recording.last
-    return last is not None and 0 < last.num_sampled == last.num_rejected

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedsim.config import Config
 from fedsim.errors import InputError
 from fedsim.metrics import ROUND_COLUMNS
 
@@ -29,6 +30,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.column not in MEASURES:
             raise InputError(f"{self.column!r} cannot be a target; there are {', '.join(MEASURES)}")
+        if not isinstance(self.value, int | float) or isinstance(self.value, bool):
+            raise InputError(f"{self.column} = {self.value!r} cannot be reached: give a number")
         if not math.isfinite(self.value) or (self.is_accuracy and not 0 < self.value <= 1):
             allowed = "a fraction, above 0 and at most 1" if self.is_accuracy else "a finite number"
             raise InputError(f"{self.column} = {self.value:g} cannot be reached: give {allowed}")
@@ -47,12 +50,21 @@ class Target:
             raise InputError(f"{text!r} is no target: write it as test_accuracy=0.97") from None
 
     def __str__(self) -> str:
-        return f"{self.column}={self.value:g}"
+        return f"{self.column}={self.value!r}"  # to the last digit: an interrupted run must stop at the same round
 
     @property
     def is_accuracy(self) -> bool:
         """Whether more is better."""
         return "accuracy" in self.column
+
+    def check(self, config: Config) -> None:
+        """Lets pass what a run of this configuration measures.
+
+        Raises:
+            InputError: it never has the column.
+        """
+        if self.column.startswith("accuracy_") and not config.evaluation.clients:
+            raise InputError(f"{self} is never reached without evaluation.clients=true: set that, or another target")
 
     def is_reached(self, row: Mapping[str, Any]) -> bool:
         """Whether a round is there, by its row; not where it was not evaluated."""
@@ -78,7 +90,7 @@ class Target:
                 continue
             best = value if before is None else (max if self.is_accuracy else min)(before[1], value)
             if best >= self.value if self.is_accuracy else best <= self.value:
-                if before is None:
+                if before is None or math.isinf(before[1]):
                     return float(place)
                 share = (self.value - before[1]) / (best - before[1])
                 return float(before[0] + share * (place - before[0]))

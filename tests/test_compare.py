@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 import fedsim
@@ -47,7 +49,7 @@ def test_one_run(results, capsys):
 def test_equal_runs(results, capsys):
     assert compare(results, "short", "long") == 0
     said = capsys.readouterr().out
-    assert "all results are equal, to the bit in the 4 rounds from 0 to 3 that both have" in said
+    assert "all results are equal, to the bit in the 4 rounds that both have" in said
     assert "rounds        3      5" in said
     assert "they part" not in said
 
@@ -79,6 +81,33 @@ def test_what_parts_is_what_was_changed(results, tmp_path):
     difference = parting(one, fedsim.load_run(results / "short"))
     assert (difference.round, difference.column) == (2, "cosine_to_mean")
     assert difference.client_id == frame.loc[place, "client_id"]
+
+
+def test_runs_with_rounds_missing_are_compared_by_what_they_have(results, tmp_path, capsys):
+    for name in ("gap", "empty"):
+        shutil.copytree(results / "long", tmp_path / name)
+    for part in (tmp_path / "empty").glob("*/part-0*"):
+        part.unlink()
+    for kind in ("rounds", "clients"):
+        rows, _ = fedsim.results.read(results / "long", kind)
+        for part in (tmp_path / "gap" / f"{kind}.parquet").glob("part-0*"):
+            part.unlink()
+        some = rows.filter(pc.not_equal(rows["round"], 1))
+        parts.write(tmp_path / "gap", kind, "part-000000-000005.parquet", some)
+    assert compare(results, "long", str(tmp_path / "gap")) == 0
+    assert "all results are equal, to the bit in the 5 rounds that both have" in capsys.readouterr().out
+    assert compare(results, "long", str(tmp_path / "empty")) == 0
+    assert "there is no round that both have" in capsys.readouterr().out
+
+
+def test_folders_with_odd_names_are_found(results, tmp_path, capsys):
+    for name in ("x[1]", "y*"):
+        shutil.copytree(results / "short", tmp_path / name / "a")
+    assert compare(results, str(tmp_path / "x[1]" / "a"), str(tmp_path / "y*")) == 0
+    assert "all results are equal" in capsys.readouterr().out
+    shutil.copytree(results / "short", tmp_path / "y*" / ".a.1.new")
+    assert len(fedsim.load_runs(tmp_path / "y*")) == 1
+    assert len(fedsim.load_runs([tmp_path / "y*", tmp_path / "y*" / "a"])) == 1
 
 
 def test_environments_that_differ_are_named(results, tmp_path, capsys):

@@ -19,6 +19,7 @@ class Stub:
         self.name, self.status = run, "finished"
         self.config = fedsim.Config().override(changes)
         self._accuracies = accuracies
+        self.info = {}
 
     @property
     def rounds(self):
@@ -71,7 +72,7 @@ def test_a_run_without_rounds_has_a_row():
 def test_groups_are_named_after_what_differs():
     runs = [
         Stub("a", [], **{"training.lr": 0.1, "seed": 0}),
-        Stub("b", [], **{"training.lr": 0.1, "seed": 1, "rounds": 7, "placement.mode": "serial", "name": "other"}),
+        Stub("b", [], **{"training.lr": 0.1, "seed": 1, "placement.mode": "serial", "name": "other"}),
         Stub("c", [], **{"training.lr": 0.2, "clients.per_round": 5}),
     ]
     found = summaries.groups(runs)
@@ -79,6 +80,38 @@ def test_groups_are_named_after_what_differs():
         "clients.per_round=all, training.lr=0.1": ["a", "b"],
         "clients.per_round=5, training.lr=0.2": ["c"],
     }
+
+
+def test_own_parts_and_numbers_of_rounds_make_groups():
+    runs = [Stub("a", []), Stub("b", [], seed=1), Stub("c", [], rounds=9), Stub("d", [], **{"placement.threads": 2})]
+    runs[1].info = {"own": {"model": "mine.make"}}
+    assert list(summaries.groups(runs)) == [
+        "rounds=5, placement.threads=1",
+        "rounds=5, placement.threads=1, own model=mine.make",
+        "rounds=9, placement.threads=1",
+        "rounds=5, placement.threads=2",
+    ]
+
+
+def test_a_seed_counts_once():
+    """The same run twice, or shorter, says nothing more."""
+    runs = [Stub("a", [0.1, 0.2]), Stub("b", [0.1]), Stub("c", [0.1, 0.4], seed=1), Stub("d", [0.1, 0.2])]
+    (row,) = summaries.over_seeds(summaries.summary(runs)).query("measure == 'final_accuracy'").to_dict("records")
+    assert (row["number"], row["of"]) == (2, 2)
+    assert row["mean"] == pytest.approx(0.3)
+    assert summaries.curve(runs, "test_accuracy")["number"].tolist() == [2, 2]
+
+
+def test_where_rounds_are_missing_nothing_is_said_of_the_target():
+    class Damaged(Stub):
+        @property
+        def rounds(self):
+            return super().rounds.drop(index=2)
+
+    runs = [Damaged("a", [0.1, 0.2, 0.9, 0.9]), Damaged("b", [0.1, 0.8, 0.9, 0.9])]
+    frame = summaries.summary(runs, Target("test_accuracy", 0.7))
+    assert frame["bytes_to_target"].isna().tolist() == [True, False]
+    assert frame["best_accuracy"].tolist() == [0.9, 0.9]
 
 
 def test_groups_of_other_strategies_have_other_keys():
@@ -111,7 +144,7 @@ def test_groups_without_a_common_seed_have_no_pairs():
     runs = [Stub("a", [0.1], seed=0), Stub("b", [0.2], seed=1, **{"training.lr": 1.0})]
     frame = summaries.paired(summaries.summary(runs))
     assert frame.empty
-    assert list(frame) == ["group", "than", "measure", "mean", "low", "high", "number"]
+    assert list(frame) == ["group", "than", "measure", "mean", "low", "high", "number", "of"]
 
 
 def test_a_curve_by_hand():

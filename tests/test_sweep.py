@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import psutil
 import pytest
 from torch import nn
@@ -115,6 +116,33 @@ def test_a_rate_that_diverges_is_an_answer(tmp_path):
     assert content(tmp_path) == before
 
 
+def test_so_is_a_server_that_does(tmp_path):
+    grid = {"strategy.server_lr": [1e45, 1.0]}
+    config = SERIAL.override({"strategy.name": "fedavgm"})
+    for _ in range(2):
+        runs = fedsim.sweep(config, grid, results=tmp_path)
+        assert [run.status for run in runs] == ["failed", "finished"]
+
+
+def test_runs_of_other_own_parts_are_refused(tmp_path):
+    def narrow():
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    def wide():
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, 10))
+
+    fedsim.sweep(SERIAL, results=tmp_path, model=narrow)
+    assert len(fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, model=narrow)) == 2
+    for other in (wide, None):
+        with pytest.raises(RunFolderError, match="own model = "):
+            fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, model=other)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    runs = found(tmp_path, {"clients.count": np.arange(4, 6)}, np.arange(2))
+    assert [(run.config.clients.count, run.config.seed) for run in runs] == [(4, 0), (4, 1), (5, 0), (5, 1)]
+
+
 def test_a_bug_ends_it_and_shows_itself(tmp_path):
     class Broken(nn.Module):
         def __init__(self):
@@ -150,6 +178,8 @@ def found(tmp_path, grid, seeds=(0,), config=SERIAL):
     ("grid", "seeds", "said"),
     [
         ({"training.lr": []}, [0], "no values for training.lr"),
+        ({"training.lr": "0.1"}, [0], "give a list of values"),
+        ({"training.lr": 0.1}, [0], "give a list of values"),
         ({}, [], "no seeds"),
         ({"seed": [0]}, [0], "seed cannot be in the grid: give seeds"),
         ({"name": ["a"]}, [0], "name cannot be in the grid"),
@@ -210,7 +240,7 @@ def test_on_the_command_line(tmp_path, capsys):
         assert all(part in said for part in expected), said
     assert "1/4" not in said
     line = said.splitlines()[-1]
-    assert line == f"import fedsim; fedsim.load_runs('{tmp_path}/s/*').rounds"
+    assert line == f"import fedsim; fedsim.load_runs('{tmp_path}/s').rounds"
     assert len(eval(line.partition("; ")[2], {"fedsim": fedsim})) == 16
 
 
@@ -260,6 +290,14 @@ def test_the_actors_stay_and_the_bits_are_the_same(tmp_path):
     pids = {pid for run in runs for pid in run.clients["pid"]}
     assert len(pids) == 2
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.ray
+def test_a_run_that_diverges_leaves_its_actors_to_the_next(tmp_path):
+    config = PACKED.override({"training.batch_size": 10, "training.momentum": 0.9})
+    runs = fedsim.sweep(config, {"training.lr": [1e30, 0.05]}, results=tmp_path)
+    assert [run.status for run in runs] == ["failed", "finished"]
+    assert set(runs[0].clients["pid"]) == set(runs[1].clients["pid"])
 
 
 @pytest.mark.ray

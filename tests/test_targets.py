@@ -34,6 +34,34 @@ def test_crossing_by_hand(values, expected):
     assert found is None if expected is None else found == pytest.approx(expected)
 
 
+def test_a_loss_that_was_infinite_is_there_at_once():
+    assert Target("test_loss", 0.5).crossing([0, 1], [math.inf, 0.4]) == 1.0
+
+
+def test_text_has_every_digit():
+    """Else an interrupted run would stop in another round."""
+    for value in (1.9395019445404769, 0.9999999, 1e-17):
+        assert Target.parse(str(Target("test_loss", value))).value == value
+
+
+@pytest.mark.parametrize("value", ["0.9", None, True])
+def test_a_value_that_is_no_number(value):
+    with pytest.raises(InputError, match="give a number"):
+        Target("test_accuracy", value)
+
+
+def test_what_is_never_measured_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"never reached without evaluation\.clients=true"):
+        fedsim.run(SERIAL, results=tmp_path, stop_at={"accuracy_after_mean": 0.1})
+    with pytest.raises(InputError, match="never reached"):
+        fedsim.sweep(SERIAL, results=tmp_path, stop_at={"accuracy_after_mean": 0.1})
+    assert not list(tmp_path.iterdir())
+    run = fedsim.run(
+        SERIAL.override({"evaluation.clients": True}), results=tmp_path, stop_at={"accuracy_after_mean": 0.1}
+    )
+    assert len(run.rounds) == 2
+
+
 def test_a_loss_is_to_fall():
     target = Target("test_loss", 0.5)
     assert target.crossing([0, 1, 2, 3], [2.0, 1.0, 1.5, 0.0]) == pytest.approx(2.5)
@@ -110,7 +138,7 @@ def test_a_run_stops_when_it_is_there(whole, goal, tmp_path):
     assert run.status == "finished"
     assert run.rounds["round"].tolist() == list(range(round + 1))
     assert repr(run.rounds["weights_sha256"].tolist()) == repr(whole.rounds["weights_sha256"].tolist()[: round + 1])
-    assert run.info["stop_at"] == [f"test_accuracy={stop_at['test_accuracy']:g}"]
+    assert run.info["stop_at"] == [f"test_accuracy={stop_at['test_accuracy']!r}"]
     assert len(fedsim.run(LONG, results=None, stop_at=stop_at).rounds) == round + 1
 
 
@@ -168,7 +196,7 @@ def test_on_the_command_line(goal, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["resume", str(tmp_path / "short")])
     assert ended.value.code == 0
-    assert f"finished with test_accuracy={stop_at['test_accuracy']:g}, or all 12 rounds" in capsys.readouterr().out
+    assert f"finished with test_accuracy={stop_at['test_accuracy']!r}, or all 12 rounds" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         cli.main([*words, "--name", "wrong", "--stop-at", "test_accuracy=97"])
     assert ended.value.code == 2

@@ -51,10 +51,10 @@ class Crew:
     ) -> None:
         self.actors: dict[int, Handle] = {}
         self.fingerprint = fingerprint
-        self._failures, self._load, self._is_near, self._is_private = failures, load, is_near, is_private
+        self._load, self._is_near, self._is_private = load, is_near, is_private
         self._lost_nodes: dict[str, float] = {}  # and when; Ray may still take them for alive
-        self._look_s = min(_LOOK_S, failures.timeout_s / 4) if failures.timeout_s else _LOOK_S
         self._looked_at = time.monotonic()
+        self._try_as(failures)
 
     def start(self, plan: Plan) -> list[Loaded]:
         """Starts the actors of a plan; returns what they said when they were ready.
@@ -87,9 +87,14 @@ class Crew:
         Raises:
             RunFailedError: one cannot.
         """
-        self._load, self._failures = load, failures
+        self._load = load
+        self._try_as(failures)
         self.finish(self.begin(Call(number, "load") for number in self.actors))
         return [handle.loaded for handle in self.actors.values() if handle.loaded]
+
+    def _try_as(self, failures: FailuresConfig) -> None:
+        self._failures = failures
+        self._look_s = min(_LOOK_S, failures.timeout_s / 4) if failures.timeout_s else _LOOK_S
 
     def close(self) -> None:
         """Ends all actors."""

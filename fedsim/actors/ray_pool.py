@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from fedsim.actors.private import fork_obstacle, free_before_start
 from fedsim.actors.slab import Slab
 from fedsim.client import FitTask, HostInfo, evaluation_chunks, total
 from fedsim.datasets import Dataset
-from fedsim.errors import ClientError, FedsimWarning, PlanError
+from fedsim.errors import FedsimWarning, PlanError, RunFailedError
 from fedsim.placement import Plan
 from fedsim.training import Evaluation
 from fedsim.weights import Weights
@@ -61,8 +60,10 @@ class RayPool:
         if self._begun is not None:  # a round that nobody asks for any more: nothing of it must come later
             _, work = self._begun
             self._begun = None
-            with contextlib.suppress(ClientError):
+            try:
                 self._running.finish(work)
+            except RunFailedError:
+                self._running.abandon(work)
         self._take(assignment)
         self._plan = plan
         self.info = self._loaded(self._running.reload(self._arguments(plan), assignment.failures))

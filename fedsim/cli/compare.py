@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from fedsim.cli.options import DebugOption, ResultsOption, RunsArgument, parsed_targets
-from fedsim.cli.terminal import console
+from fedsim.cli.terminal import console, count_rounds
 from fedsim.run_folder import paths_of
 
 if TYPE_CHECKING:
@@ -107,9 +107,10 @@ def _say_parting(runs: Runs) -> None:
     difference = parting(one, other)
     console.print()
     if difference is None:
-        last = [int(run.rounds["round"].max()) for run in runs]
-        where = f"in the {min(last) + 1} rounds from 0 to {min(last)} that both have" if last[0] != last[1] else ""
-        console.print(f"all results are equal, to the bit {where}".rstrip())
+        rounds = [set(run.rounds["round"]) for run in runs]
+        both = len(rounds[0] & rounds[1])
+        where = "" if rounds[0] == rounds[1] else f" in the {count_rounds(both)} that both have"
+        console.print(f"all results are equal, to the bit{where}" if both else "there is no round that both have")
     else:
         was, now = shown(difference.recorded), shown(difference.computed)
         console.print(f"they part in {difference.where}: {difference.column} is {was} and {now}")

@@ -22,8 +22,8 @@ from fedsim.cli.options import (
     parsed_targets,
     value_of,
 )
-from fedsim.cli.terminal import console, count_rounds, fail, interrupts, record
-from fedsim.errors import ConfigError, RunFailedError
+from fedsim.cli.terminal import console, count_rounds, fail, record
+from fedsim.errors import ConfigError, DivergedError
 
 if TYPE_CHECKING:
     from fedsim.recording import Recording
@@ -55,7 +55,7 @@ def sweep(
     values, chosen = _grid(grid), _seeds(seeds)
     goals = parsed_targets(stop_at)
     from fedsim.compatibility import NOTHING
-    from fedsim.sweeps import folder_of, has_diverged, members, recordings
+    from fedsim.sweeps import folder_of, members, recordings
 
     folder = folder_of(results, name, config)
     found = members(config, values, chosen, folder, goals, NOTHING)
@@ -66,23 +66,21 @@ def sweep(
     try:
         with contextlib.closing(recordings(found, goals, NOTHING, debug=debug)) as unfinished:
             for recording in unfinished:
-                started = time.perf_counter()
+                started, is_diverged = time.perf_counter(), False
                 try:
                     record(recording, quiet=quiet or not console.is_terminal)
-                except RunFailedError:
-                    if not has_diverged(recording):
-                        raise
-                    diverged += 1
+                except DivergedError:
+                    is_diverged = True
+                diverged += is_diverged
                 done += 1
                 if not quiet:
-                    line = _outcome(recording, is_diverged=has_diverged(recording))
+                    line = _outcome(recording, is_diverged=is_diverged)
                     print(f"{done}/{len(found)} {line} ({time.perf_counter() - started:.1f} s)", flush=True)
     except KeyboardInterrupt:
         fail(f"interrupted: {done} of {len(found)} runs in {folder} are done; the same command goes on", 130)
-    assert done == len(found) or interrupts
     said = f", of which {diverged} diverged" if diverged else ""
     console.print(f"{folder}: {len(found)} runs{said}")
-    console.print(f"import fedsim; fedsim.load_runs({f'{folder}/*'!r}).rounds")
+    console.print(f"import fedsim; fedsim.load_runs({str(folder)!r}).rounds")
 
 
 def _outcome(recording: Recording, *, is_diverged: bool) -> str:

@@ -38,13 +38,14 @@ def _curve(shown: Shown, column: str) -> str | None:
     title, unit = CURVES[column]
     lines, said = [], []
     for group in shown.groups:
-        frame = charts.thin(curve(group.runs, column))
-        if frame.empty:
+        whole = curve(group.runs, column)
+        if whole.empty:
             continue
+        frame = charts.thin(whole)
         most = 1.0 if "accuracy" in column else math.inf
         band = ("confidence interval", frame["low"].clip(lower=0.0), frame["high"].clip(upper=most))
         lines.append(Line(group.letter or group.name, frame["mean"], [band], group.color, group.dash))
-        mean, rounds = frame["mean"], frame.index
+        mean, rounds = whole["mean"], whole.index
         span = f"{mean.iloc[0]:.4g} in round {rounds[0]}, {mean.iloc[-1]:.4g} in round {rounds[-1]}"
         best = (
             f", best {mean.max():.4g} in round {mean.idxmax()}"

@@ -87,7 +87,7 @@ class Runs(tuple[Run, ...]):
 
 def find_runs(results: Path) -> list[Path]:
     """The runs' folders in a results folder, by name; what is no run is skipped."""
-    return [folder for folder in sorted(results.glob("*")) if read_info(folder) is not None]
+    return [folder for folder in sorted(results.glob("[!.]*")) if read_info(folder) is not None]
 
 
 def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
@@ -101,9 +101,9 @@ def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
         RunFolderError: not one of them is a run.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    folders = [folder for path in given for folder in _meant(os.fspath(path))]
+    folders = {folder.resolve(): folder for path in given for folder in _meant(os.fspath(path))}
     found, damage = [], []
-    for folder in folders:
+    for folder in folders.values():
         if read_info(folder) is None:
             continue
         try:
@@ -120,7 +120,7 @@ def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
 
 def _meant(path: str) -> list[Path]:
     """The folders that a path or a pattern stands for."""
-    if glob.has_magic(path):
+    if glob.has_magic(path) and not Path(path).exists():
         return [Path(match) for match in sorted(glob.glob(path))]  # noqa: PTH207 - absolute patterns too
     return [Path(path)] if read_info(Path(path)) is not None else find_runs(Path(path))
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 import fedsim
 from fedsim import environment
-from fedsim.errors import InputError, RunFailedError
+from fedsim.errors import DivergedError, InputError, NewerVersionError
 from fedsim.targets import Target
 from mcmahan2017.search import Task
 
@@ -62,26 +62,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _run(task: Task, folder: Path) -> fedsim.Run:
     config = task.cell.config(task.rate, task.seed, task.rounds)
-    try:
-        return fedsim.resume(folder)
-    except InputError:  # it is not there, or was made by another version or machine: then from the start
-        pass
-    except RunFailedError:
-        return _diverged(folder)
     stop_at = {"test_accuracy": task.cell.target}
     try:
-        return fedsim.run(config, results=folder.parent, name=folder.name, overwrite=True, stop_at=stop_at)
-    except RunFailedError:
-        return _diverged(folder)
-
-
-def _diverged(folder: Path) -> fedsim.Run:
-    """A run that has ended as its rate is too high: an answer like another. Anything else goes on being an error."""
-    run = fedsim.load_run(folder)
-    last = run.rounds.iloc[-1]
-    if last["num_sampled"] == 0 or last["num_rejected"] < last["num_sampled"]:
-        raise
-    return run
+        try:
+            return fedsim.resume(folder)
+        except NewerVersionError:
+            raise
+        except InputError:  # it is not there, or was made by another version or machine: then from the start
+            return fedsim.run(config, results=folder.parent, name=folder.name, overwrite=True, stop_at=stop_at)
+    except DivergedError:  # its rate is too high: an answer like another
+        return fedsim.load_run(folder)
 
 
 def _finished(task: Task, run: fedsim.Run) -> Finished:
