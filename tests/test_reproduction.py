@@ -166,6 +166,7 @@ def test_verdicts_by_hand(tmp_path, verdict, expected, ratio):
     assert found.verdict == expected
     assert found.ratio == pytest.approx(ratio, nan_ok=True)
     assert found.rate == 0.1
+    assert not found.is_at_edge
 
 
 def test_cells_without_a_published_number_have_no_ratio(tmp_path):
@@ -188,6 +189,21 @@ def test_the_page_is_made_from_the_files(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     page.write(PLAN, Store(tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_readme_shows_what_is_published():
+    lines = page.overview(PLAN, Store(reproduce_mcmahan2017.PUBLISHED))
+    assert len(lines) == 2 + 5
+    readme = (reproduce_mcmahan2017.ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in readme, "the README's table should be:\n" + "\n".join(lines)
+
+
+def test_the_published_page_is_that_of_the_published_runs(tmp_path):
+    for path in reproduce_mcmahan2017.PUBLISHED.glob("*.parquet"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    page.write(PLAN, Store(tmp_path))
+    published = (reproduce_mcmahan2017.PUBLISHED / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == published, "run the script with --report"
 
 
 SMALL = replace(CELL, target=0.5)

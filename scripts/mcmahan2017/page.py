@@ -10,7 +10,7 @@ from typing import Literal
 from benchmarks.elsewhere import table
 from fedsim.statistics import Interval, interval
 from mcmahan2017 import plots, variants
-from mcmahan2017.plan import Cell, Plan
+from mcmahan2017.plan import Cell, Plan, step_of
 from mcmahan2017.search import chosen_rate
 from mcmahan2017.store import Store
 
@@ -30,6 +30,8 @@ class Outcome:
     """To the target, of the seeds of the verdict; None before all are there, or if one has not reached it."""
     ratio: float = math.nan
     num_reached: int = 0
+    is_at_edge: bool = False
+    """The search ended with the best rate at an edge: it had tried as many as it may."""
 
 
 def outcome(plan: Plan, cell: Cell, store: Store) -> Outcome:
@@ -40,18 +42,22 @@ def outcome(plan: Plan, cell: Cell, store: Store) -> Outcome:
     rate = chosen_rate(plan, cell, done)
     if rate is None:
         return Outcome(cell, "searching")
+    tried = {step_of(run.rate) for run in done if run.seed == plan.search_seed}
+    is_at_edge = not {step_of(rate) - 1, step_of(rate) + 1} <= tried
     found = [run.rounds_to_target for run in done if run.rate == rate and run.seed in plan.verdict_seeds]
     if len(found) < len(plan.verdict_seeds):
         return Outcome(cell, "running", rate)
     reached = [rounds for rounds in found if not math.isnan(rounds)]
     if len(reached) < len(found):
-        return Outcome(cell, "outside" if cell.published else "not reached", rate, num_reached=len(reached))
+        verdict: Verdict = "outside" if cell.published else "not reached"
+        return Outcome(cell, verdict, rate, num_reached=len(reached), is_at_edge=is_at_edge)
     rounds = interval(reached)
     if not cell.published:
-        return Outcome(cell, "reached", rate, rounds, num_reached=len(reached))
+        return Outcome(cell, "reached", rate, rounds, num_reached=len(reached), is_at_edge=is_at_edge)
     ratio = rounds.mean / cell.published
     low, high = plan.band(cell)
-    return Outcome(cell, "inside" if low <= ratio <= high else "outside", rate, rounds, ratio, len(reached))
+    verdict = "inside" if low <= ratio <= high else "outside"
+    return Outcome(cell, verdict, rate, rounds, ratio, len(reached), is_at_edge)
 
 
 def write(plan: Plan, store: Store) -> None:
@@ -60,6 +66,21 @@ def write(plan: Plan, store: Store) -> None:
     outcomes = [outcome(plan, cell, store) for cell in plan.cells]
     plots.write(plan, store, outcomes)
     (store.folder / "README.md").write_text("\n".join(_page(plan, store, outcomes)) + "\n", encoding="utf-8")
+
+
+def overview(plan: Plan, store: Store) -> list[str]:
+    """The README's table: the 2NN of Table 1 with B = 10, by C."""
+    found: dict[tuple[float, str], Outcome] = {}
+    for cell in plan.cells:
+        if (cell.table, cell.model, cell.batch_size) == (1, "2nn", 10):
+            found[cell.per_round, cell.partition] = outcome(plan, cell, store)
+    rows = []
+    for per_round in sorted({per_round for per_round, _ in found}):
+        cells = [_row(found[per_round, partition]) for partition in ("iid", "shards")]
+        shown = (value for _, published, ours, ratio, *_ in cells for value in (published, ours, ratio))
+        rows.append((f"C = {per_round:g}", *shown))
+    header = ("2NN, B = 10, 97 %", "IID: paper", "ours", "ratio", "non-IID: paper", "ours", "ratio")
+    return table(header, rows)
 
 
 def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str]:
@@ -131,7 +152,7 @@ def _row(each: Outcome) -> tuple[str, ...]:
         f"{cell.published:,}" if cell.published else "-",
         ours,
         "" if math.isnan(each.ratio) else f"{each.ratio:.2f}",
-        "" if each.rate is None else f"{each.rate:g}",
+        "" if each.rate is None else f"{each.rate:g}" + (" (edge)" if each.is_at_edge else ""),
         f"**{each.verdict}**" if each.verdict == "outside" else each.verdict,
     )
 

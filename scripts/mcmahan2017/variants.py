@@ -76,6 +76,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "weights He normal, biases 0": {"model": he},
     "pixels of mean 0 and deviation 1": {"dataset": _standardised},
     "pixels in -1..1": {"dataset": _symmetric},
+    "pixels in -1..1, rate 0.0464": {"dataset": _symmetric, "lr": 0.0464},
+    "pixels in -1..1, rate 0.215": {"dataset": _symmetric, "lr": 0.215},
 }
 """What is changed: the rate, the model's factory, or the data set's."""
 
