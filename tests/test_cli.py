@@ -584,7 +584,7 @@ def test_a_finished_run_says_so_and_can_be_extended(call):
     call("run", *QUICK, *sets("rounds=1"), "--quiet")
     before = listing(Path("results"))
     answer = call("resume", "mnist")
-    said = "results/mnist: finished, after 1 round; --set rounds=N with more goes on\n"
+    said = "results/mnist: finished after 1 round; --set rounds=N goes on to round N\n"
     assert answer == (0, said, "")
     assert listing(Path("results")) == before
     assert call("resume", "mnist", *sets("rounds=3")).out.startswith("results/mnist: goes on with round 2/3\n")
@@ -609,7 +609,7 @@ def test_an_interrupted_resume_says_what_it_has(call, interrupted, monkeypatch):
     assert (answer.code, answer.err) == (130, said)
 
 
-@pytest.mark.parametrize("module", ["fedsim.resumption.prepare", "fedsim.recording.open_pool"])
+@pytest.mark.parametrize("module", ["fedsim.resumption.prepare", "fedsim.launch.open_pool"])
 def test_a_resume_interrupted_before_it_begins_changes_nothing(call, interrupted, monkeypatch, module):
     def interrupting(*arguments, **named):
         raise KeyboardInterrupt

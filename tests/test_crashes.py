@@ -112,10 +112,10 @@ def test_a_run_interrupted_in_any_line_of_its_writer_has_whole_records(tmp_path,
                 raise KeyboardInterrupt
         return interrupting
 
-    def traced(self, record, *rest):
+    def traced(self, record, *rest, **named):
         sys.settrace(interrupting if record.round >= 2 else None)
         try:
-            write(self, record, *rest)
+            write(self, record, *rest, **named)
         finally:
             sys.settrace(None)
 
@@ -392,7 +392,7 @@ def test_a_disk_that_fills_up_costs_no_round(small_disk, tmp_path, whole):
 def test_a_read_only_disk_is_refused_before_anything_starts(small_disk, monkeypatch):
     fedsim.run(CONFIG.override({"rounds": 0}), results=small_disk, name="done")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    monkeypatch.setattr("fedsim.recording.connect", None)
+    monkeypatch.setattr("fedsim.launch.connect", None)
     with pytest.raises(RunFolderError, match="is read-only; name another with --results"):
         fedsim.run(CONFIG, results=small_disk)
     with pytest.raises(RunFolderError, match=r"cannot write to the run's folder .*Read-only file system"):
