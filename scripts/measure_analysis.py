@@ -44,7 +44,8 @@ def sweep(folder: Path) -> Iterator[tuple[str, float, str]]:
     for rate in RATES:
         for seed in SEEDS:
             changes = ("--set", f"training.lr={rate}", "--set", f"seed={seed}", "--name", f"lr-{rate}_seed-{seed}")
-            subprocess.run([*FEDSIM, "run", *SHORT, *changes, "--results", folder / "separate"], check=True)
+            command = [*FEDSIM, "run", *SHORT, *changes, "--results", folder / "separate"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     separate_s = time.perf_counter() - started
     columns = ["run", "round", "weights_sha256"]
     one, other = (fedsim.load_runs(f"{folder}/{name}/*").rounds[columns] for name in ("swept", "separate"))
