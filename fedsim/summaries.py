@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fedsim.config import Config
-from fedsim.config.changes import flat, may_change
+from fedsim.config.changes import computed
 from fedsim.errors import InputError
 from fedsim.metrics import ROUND_COLUMNS
 from fedsim.statistics import interval
@@ -69,10 +69,9 @@ def groups(runs: Sequence[Read]) -> dict[str, list[Read]]:
 
 
 def _what_is_computed(run: Read) -> dict[str, Any]:
-    left_out = ("name", "seed", "evaluation.clients")
-    told = {key: value for key, value in flat(run.config.to_dict()) if key not in left_out}
-    computed = {key: value for key, value in told.items() if key == "rounds" or not may_change(key)}
-    return computed | {f"own {part}": name for part, name in run.info.get("own", {}).items()}
+    left_out = ("seed", "evaluation.clients")  # the second adds columns and changes none
+    values = {key: value for key, value in computed(run.config).items() if key not in left_out}
+    return values | {f"own {part}": name for part, name in run.info.get("own", {}).items()}
 
 
 def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:

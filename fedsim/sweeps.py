@@ -20,7 +20,7 @@ from torch import nn
 
 from fedsim.compatibility import Own
 from fedsim.config import RUN_NAME, Config
-from fedsim.config.changes import flat, may_change
+from fedsim.config.changes import computed
 from fedsim.datasets import Dataset
 from fedsim.errors import ConfigError, DivergedError, RunFolderError
 from fedsim.experiment import Experiment, called, prepare
@@ -180,7 +180,7 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Own) -
     info, there, damage = read_run(folder)
     if damage:
         raise RunFolderError(f"{damage}; remove that folder, and the sweep makes the run again")
-    was, now = _wanted(there), _wanted(config)
+    was, now = computed(there), computed(config)
     was["stop_at"] = ", ".join(info.get("stop_at", []))
     now["stop_at"] = ", ".join(map(str, stop_at))
     was |= {f"own {part}": name for part, name in info["own"].items()}
@@ -192,12 +192,6 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Own) -
             )
     is_over = info["status"] == "finished" or str(info["error"]).startswith(f"{DivergedError.__name__}:")
     return Member(folder, config, "finished" if is_over else "stopped")
-
-
-def _wanted(config: Config) -> dict[str, Any]:
-    """What two runs must have in common for one to be the other; where they were computed is nothing to it."""
-    values = dict(flat(config.to_dict()))
-    return {key: value for key, value in values.items() if key != "name" and (key == "rounds" or not may_change(key))}
 
 
 def recordings(

@@ -27,7 +27,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     new = Config.from_dict(values).override(changes)
     was, now = dict(flat(config.to_dict())), dict(flat(new.to_dict()))
     for key in [*now, *was]:
-        if was.get(key) != now.get(key) and not may_change(key):
+        if was.get(key) != now.get(key) and not _may_change(key):
             given = f"{key} = {now.get(key)!r}" if key in now else f"no {key}"
             had = f"{was[key]!r}" if key in was else "none"
             raise ConfigError(
@@ -37,9 +37,17 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return new
 
 
-def may_change(key: str) -> bool:
-    """Whether a key may be another when a run goes on."""
+def _may_change(key: str) -> bool:
     return key.partition(".")[0] in ("rounds", "placement", "failures", "checkpoint") and key != "placement.threads"
+
+
+def computed(config: Config) -> dict[str, Any]:
+    """The keys in which two runs must agree to be one, dotted, with their values.
+
+    What a run is called, and where and how carefully it was computed, is nothing to it.
+    """
+    values = dict(flat(config.to_dict()))
+    return {key: value for key, value in values.items() if key != "name" and (key == "rounds" or not _may_change(key))}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
