@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import torch
 
 from fedsim.config import Config
+from fedsim.datasets import Dataset
 from fedsim.metrics import CLIENT_COLUMNS, CLIENT_SCHEMA, ROUND_COLUMNS, ROUND_SCHEMA, VERSION_KEY
+from fedsim.partition import Partition
 
 COLUMNS = {"rounds": ROUND_COLUMNS, "clients": CLIENT_COLUMNS}
+
+_RNG = np.random.Generator(np.random.PCG64(0))
+TINY = Dataset(
+    name="tiny",
+    train_images=_RNG.integers(256, size=(60, 1, 4, 4), dtype=np.uint8),
+    train_labels=_RNG.integers(3, size=60),
+    test_images=_RNG.integers(256, size=(40, 1, 4, 4), dtype=np.uint8),
+    test_labels=_RNG.integers(3, size=40),
+    num_classes=3,
+)
+TINY_PARTITION = Partition.of(np.split(_RNG.permutation(60), [13, 14, 40]))  # 13, 1, 26 and 20 examples
 
 SERIAL = Config().override(
     {

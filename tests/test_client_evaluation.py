@@ -23,18 +23,10 @@ from fedsim.recording import Recording
 from fedsim.seeding import torch_seed
 from fedsim.verification import replay, verify
 from fedsim.weights import Layout, Weights
+from tests.helpers import TINY as DATA
+from tests.helpers import TINY_PARTITION as PARTITION
 
-SHAPE, CLASSES, SEED = (1, 4, 4), 3, 11
-RNG = np.random.Generator(np.random.PCG64(0))
-DATA = Dataset(
-    name="tiny",
-    train_images=RNG.integers(256, size=(60, *SHAPE), dtype=np.uint8),
-    train_labels=RNG.integers(CLASSES, size=60),
-    test_images=RNG.integers(256, size=(40, *SHAPE), dtype=np.uint8),
-    test_labels=RNG.integers(CLASSES, size=40),
-    num_classes=CLASSES,
-)
-PARTITION = Partition.of(np.split(RNG.permutation(60), [13, 14, 40]))  # 13, 1, 26 and 20 examples
+SHAPE, CLASSES, SEED = DATA.input_shape, DATA.num_classes, 11
 TRAINING = TrainingConfig(local_epochs=2, batch_size=5, lr=0.2, momentum=0.9)
 ENGINES = ["loop", "stacked"]
 COLUMNS = ["loss_before", "accuracy_before", "loss_after", "accuracy_after"]
