@@ -16,6 +16,7 @@ from fedsim import Dataset
 from fedsim.actors import crew
 from fedsim.errors import FedsimWarning, RunFailedError
 from fedsim.experiment import prepare
+from fedsim.recording import Recording
 
 pytestmark = pytest.mark.ray
 
@@ -116,7 +117,7 @@ def test_a_client_that_kills_its_actors_is_left_out_alone_where_this_is_asked_fo
 def test_run_json_says_how_often_a_client_was_left_out(shared_ray, data, tmp_path):
     """In the rows that there are: also after a resume that has to do some of them again."""
     config = CONFIG.override({"failures.on_exhausted": "drop", "placement.actors": 1, "checkpoint.every_s": 0})
-    with fedsim.recording.Recording.of(config, results=tmp_path, dataset=data, model=dies()) as recording:
+    with Recording.of(config, results=tmp_path, dataset=data, model=dies()) as recording:
         for record in recording:
             if record.round == 2:
                 break
@@ -171,7 +172,7 @@ def test_work_that_takes_too_long_is_given_to_another_actor_with_the_same_result
     marker = tmp_path / "hung"
     config = CONFIG.override({"failures.timeout_s": 1.0, "placement.actors": actors})
     gone = []
-    with fedsim.recording.Recording.of(config, results=None, dataset=data, model=hangs(marker)) as recording:
+    with Recording.of(config, results=None, dataset=data, model=hangs(marker)) as recording:
         for record in recording:
             if record.round == 1:
                 gone.append(is_gone(int(marker.read_text())))
@@ -219,7 +220,7 @@ def test_an_actor_that_never_gets_up_ends_the_run_and_says_where_to_look(shared_
 
 
 def killed_in_round_1(config, data, model=None):
-    with fedsim.recording.Recording.of(config, results=None, dataset=data, model=model or harmless()) as recording:
+    with Recording.of(config, results=None, dataset=data, model=model or harmless()) as recording:
         for record in recording:
             if record.round == 1:
                 psutil.Process(record.clients[0].pid).kill()
