@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -445,10 +446,14 @@ def test_20_times_kill_9_of_a_driver_with_actors(tmp_path):
     rng = np.random.Generator(np.random.PCG64(20))
     folder, left, kills = tmp_path / "results" / "mnist", set(), []
     while len(kills) < 20:
-        driver = start_driver(tmp_path, config)
-        wait_s = float(rng.uniform(0.0, 6.0))
-        end = time.monotonic() + wait_s
+        before = {path.name for path in folder.glob("rounds.parquet/part-0*")}
+        driver, started = start_driver(tmp_path, config), time.monotonic()
+        is_early = len(kills) % 4 == 0  # while Ray starts; the others when rounds are done, however slow the machine is
+        wait_s, end = float(rng.uniform(0.0, 3.0)), math.inf
         while time.monotonic() < end and driver.poll() is None:
+            assert time.monotonic() < started + 120, "no round is done"
+            if end == math.inf and (is_early or {path.name for path in folder.glob("rounds.parquet/part-0*")} - before):
+                end = time.monotonic() + wait_s
             with contextlib.suppress(psutil.NoSuchProcess):
                 left |= set(psutil.Process(driver.pid).children(recursive=True))
             time.sleep(0.05)
