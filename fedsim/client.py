@@ -13,7 +13,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -101,14 +101,20 @@ class ClientHost:
     Args:
         spec: what the clients do.
         device: "cpu", "cuda", ... .
+        after: a host of this process that is no longer used; what it has learnt and holds serves this one where it can.
     """
 
-    def __init__(self, spec: ClientSpec, device: str = "cpu") -> None:
+    def __init__(self, spec: ClientSpec, device: str = "cpu", after: ClientHost | None = None) -> None:
         self.spec = spec
         self.device = torch.device(device)
         module = models.build(spec.model, spec.input_shape, spec.num_classes, spec.seed).to(self.device)
         self.layout = Layout.of(module)
+        # all that a stacked engine depends on, as no weight counts; a loop engine works with the module itself
+        self._engine_for = replace(spec, seed=0), self.device, self.layout, str(module)
         self._engine = _engine(spec, module)
+        if after and isinstance(self._engine, Stacked) and after._engine_for == self._engine_for:
+            self._engine = after._engine
+        self._fingerprints: dict[tuple[torch.device, int], str] = after._fingerprints if after else {}
 
     def load(self, dataset: Dataset, partition: Partition) -> HostInfo:
         """Takes the data set; arrays are read in place, never written.
@@ -119,7 +125,10 @@ class ClientHost:
         self.partition = partition
         self.train_set = self._examples(dataset.train_images, dataset.train_labels)
         self.test_set = self._examples(dataset.test_images, dataset.test_labels)
-        return HostInfo(os.getpid(), platform.node(), str(self.device), fingerprint(self.device))
+        arithmetic = self.device, self.spec.threads
+        if arithmetic not in self._fingerprints:
+            self._fingerprints[arithmetic] = fingerprint(self.device)
+        return HostInfo(os.getpid(), platform.node(), str(self.device), self._fingerprints[arithmetic])
 
     def fit(
         self, global_weights: Weights, tasks: Sequence[FitTask], out: Sequence[np.ndarray] | None = None

@@ -5,6 +5,7 @@ import pickle
 import platform
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -232,6 +233,63 @@ def test_an_evaluation_is_the_same_whatever_the_host_did_before(model):
     assert used.evaluate(1, global_weights(model), [(0, 25), (25, 40)]) == fresh
     (second,) = used.evaluate(1, global_weights(model), [(25, 40)])
     assert second == fresh[1]
+
+
+def relu() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def relu_of_doubles() -> nn.Module:
+    return relu().double()
+
+
+def drawn_activation() -> nn.Module:
+    """Another one for every seed."""
+    activation = nn.ReLU() if torch.rand(1) < 0.5 else nn.Tanh()
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), activation, nn.Linear(8, CLASSES))
+
+
+CHANGES = st.sampled_from(
+    [
+        *({"training": TRAINING.model_copy(update={"lr": lr, "batch_size": b})} for lr in (0.1, 0.2) for b in (0, 5)),
+        {"training": TRAINING.model_copy(update={"momentum": 0.0, "weight_decay": 0.0})},
+        *({"model": model} for model in (relu, relu_of_doubles, drawn_activation)),
+        *({"engine": engine} for engine in ("stacked", "loop")),
+        *({"seed": seed} for seed in range(3)),
+    ]
+)
+
+
+@given(changes=st.lists(CHANGES, min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_a_host_after_others_trains_as_one_by_itself(changes):
+    """What one takes over from those before is what makes no difference."""
+
+    def does(host: ClientHost) -> tuple:
+        host.load(DATA, PARTITION)
+        weights = global_weights(host.spec.model)
+        updates = host.fit(weights, [FitTask(1, 0), FitTask(1, 1)])
+        return [result(update) for update in updates], host.evaluate(1, weights, evaluation_chunks(DATA))
+
+    spec = ClientSpec(TRAINING, 0, drawn_activation, SHAPE, CLASSES, engine="stacked", stack_size=2)
+    before = ClientHost(spec)
+    does(before)
+    for change in changes:
+        spec = replace(spec, **change)
+        after = ClientHost(spec, after=before)
+        assert does(after) == does(ClientHost(spec))
+        before = after
+
+
+def test_a_host_after_one_of_another_seed_need_not_find_out_anew_what_may_be_stacked():
+    """A tenth of a second for each run of a sweep."""
+    spec = ClientSpec(TRAINING, SEED, relu, SHAPE, CLASSES, engine="stacked", stack_size=2)
+    first = ClientHost(spec)
+    assert ClientHost(replace(spec, seed=SEED + 1), after=first)._engine is first._engine
+    other = replace(spec, training=TRAINING.model_copy(update={"lr": 0.5}))
+    assert ClientHost(other, after=first)._engine is not first._engine
+    loop = ClientHost(replace(spec, engine="loop"))
+    assert ClientHost(loop.spec, after=loop)._engine is not loop._engine, "its module may hold more than the weights"
 
 
 def test_an_update_is_kept_when_the_host_goes_on():

@@ -56,7 +56,7 @@ class HostActor:
         slab: SlabAddress | None,
         bell_address: str | None,
     ) -> Loaded:
-        """Makes the host."""
+        """Makes the host, after that of a run before where there is one."""
         set_numerics(spec.threads)
         self.slab: Slab | None = None
         self.bell: int | None = None
@@ -64,7 +64,7 @@ class HostActor:
             self.slab = Slab(slab) if slab else None
         with contextlib.suppress(OSError):
             self.bell = bell.listen(bell_address) if bell_address else None
-        self.host = ClientHost(spec, _assigned_device(num_gpus))
+        self.host = ClientHost(spec, _assigned_device(num_gpus), after=vars(self).get("host"))
         info = self.host.load(dataset, partition)
         node_id = ray.get_runtime_context().get_node_id()
         return Loaded(info, node_id, is_forked(), self.slab is not None, self.bell is not None)
