@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -18,8 +19,13 @@ _PACKAGES = ("ray", "torch", "torchvision", "numpy", "pandas", "pyarrow")
 
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that can change a result or a file."""
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    packages = {name: _version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), "fedsim": __version__, **packages}
+
+
+@functools.cache  # a tenth of what a sweep takes between two runs
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
 
 
 def machine() -> dict[str, Any]:
