@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import reliability
-from faults import actors, drivers
+from faults import actors, costs, drivers
 from faults.outcome import EQUAL, compared, reference_of
 from faults.ray_nodes import NO_NAMESPACES
 
@@ -34,6 +34,15 @@ def test_actors_that_die_or_hang_at_drawn_points_change_nothing(tmp_path):
     assert num_harmed == len(points)
     assert run.rounds["num_retries"].sum() >= len(points)
     assert compared(run, reference_of(config)) == EQUAL
+
+
+@pytest.mark.parametrize("measure", [costs.durable, costs.written])
+def test_the_cost_of_files_can_be_measured(measure, tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "ROUNDS", 6)
+    monkeypatch.setattr(costs, "T2", drivers.SMALL.override({"placement.mode": "serial"}))
+    rows = measure(tmp_path)
+    assert (rows["ratio"] > 0).all()
+    assert len(rows) >= 3
 
 
 @pytest.mark.parametrize("path", sorted(reliability.PUBLISHED.iterdir()), ids=lambda path: path.name)

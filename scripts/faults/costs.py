@@ -22,15 +22,15 @@ from fedsim.results import RunWriter
 
 T2 = fedsim.Config().override(tasks.T2.changes)
 T3 = fedsim.Config().override(tasks.T3.changes)
-WARM_UP = 3
-"""Rounds that are not counted."""
+ROUNDS, WARM_UP = 250, 3
+"""Of a run of T2; those at its start that are not counted."""
 
 
 def durable(folder: Path) -> pd.DataFrame:
     """T2 with all files as by default, over the same without a folder: seconds of the loop (at most 1.03)."""
     ways: dict[str, Callable[[int], float]] = {
-        "with files": lambda turn: _loop_s(T2.override({"rounds": 250}), folder / str(turn)),
-        "without": lambda turn: _loop_s(T2.override({"rounds": 250}), None),
+        "with files": lambda turn: _loop_s(T2.override({"rounds": ROUNDS}), folder / str(turn)),
+        "without": lambda turn: _loop_s(T2.override({"rounds": ROUNDS}), None),
     }
     return _in_turns(ways, turns=5)
 
@@ -41,16 +41,16 @@ def written(folder: Path) -> pd.DataFrame:
     for turn in range(3):
         written_s: list[float] = []
         with unittest.mock.patch.object(RunWriter, "write", _timed(RunWriter.write, written_s)):
-            loop_s = _loop_s(T2.override({"rounds": 250}), folder / str(turn))
+            loop_s = _loop_s(T2.override({"rounds": ROUNDS}), folder / str(turn))
         writer_s = sum(written_s[WARM_UP + 1 :])
         rows.append({"loop_s": loop_s, "writer_s": writer_s, "ratio": loop_s / (loop_s - writer_s)})
     return pd.DataFrame(rows)
 
 
 def _timed(function: Callable[..., None], seconds: list[float]) -> Callable[..., None]:
-    def timed(*arguments: Any) -> None:
+    def timed(*arguments: Any, **named: Any) -> None:
         start = time.perf_counter()
-        function(*arguments)
+        function(*arguments, **named)
         seconds.append(time.perf_counter() - start)
 
     return timed
