@@ -6,7 +6,7 @@ are added, never renamed. A column is a *result* (equal between equal runs) or a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -148,7 +148,7 @@ class ClientRecord:
 
     def row(self, run: str) -> dict[str, Any]:
         """The record as a row of the table, named after its run."""
-        return {"run": run, **asdict(self)}
+        return {"run": run, **vars(self)}
 
 
 @dataclass(frozen=True, kw_only=True)
