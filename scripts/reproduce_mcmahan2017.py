@@ -3,7 +3,7 @@
     python scripts/reproduce_mcmahan2017.py                          # goes on until all is done: days on two cores
     python scripts/reproduce_mcmahan2017.py --hours 2                # for so long; a later call goes on from there
     python scripts/reproduce_mcmahan2017.py --cells 'table1-2nn-*'   # these
-    python scripts/reproduce_mcmahan2017.py --variants               # one cell, with one thing changed at a time
+    python scripts/reproduce_mcmahan2017.py --variants               # some cells, with one thing changed at a time
     python scripts/reproduce_mcmahan2017.py --report                 # runs nothing; the tables and plots anew
 
 What is run, and what counts as agreement, says scripts/mcmahan2017/plan.toml. Cells come in the order of their cost.
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store = Store(args.output)
     if args.variants:
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-            variants.measure(next(cell for cell in the_plan.cells if cell.name == variants.CELL), args.output, pool)
+            variants.measure(the_plan, args.output, pool)
     elif not args.report:
         reproduce(the_plan, cells, store, args.runs, min(time.time() + 3600 * args.hours, 1e12), args.jobs)
     page.write(the_plan, store)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
@@ -283,6 +284,41 @@ def test_pixels_are_scaled_as_said():
     assert float(data.train_images.mean()) == pytest.approx(0, abs=1e-3)
     assert float(data.train_images.std()) == pytest.approx(1, abs=1e-3)
     assert (data.train_labels == plain.train_labels).all()
+
+
+def test_a_variant_changes_one_thing():
+    """But for pixels in -1..1 at other rates: whether they explain the difference also where each has its best one."""
+    tried = variants.trials(plans.read())
+    plain = tried[0]
+    for trial in tried:
+        changed = [trial.rate != plain.rate, trial.model is not None, trial.dataset is not None]
+        is_plain = trial.cell == plain.cell and not trial.variant.startswith("pixels in -1..1")
+        assert sum(changed) == (trial is not plain) if is_plain else changed[2]
+        assert len(trial.seeds) >= 3
+    names = [(trial.cell.name, trial.variant) for trial in tried]
+    assert len(set(names)) == len(names)
+
+
+def test_interrupted_variants_go_on(tmp_path, monkeypatch):
+    made, allowed = [], 7
+
+    def run(trial, seed):
+        if len(made) == allowed:
+            raise KeyboardInterrupt
+        made.append((trial.cell.name, trial.variant, seed))
+        rounds = {"rounds_to_target": float(seed), "first_round_at_target": float(seed), "seconds": 1.0}
+        return {"cell": trial.cell.name, "variant": trial.variant, "seed": seed, **rounds}
+
+    monkeypatch.setattr(variants, "run", run)
+    the_plan = plans.read()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
+        variants.measure(the_plan, tmp_path, pool)
+    allowed = math.inf
+    with ThreadPoolExecutor(1) as pool:
+        variants.measure(the_plan, tmp_path, pool)
+    trials = variants.trials(the_plan)
+    assert sorted(made) == sorted((t.cell.name, t.variant, seed) for t in trials for seed in t.seeds), "each once"
+    assert next(variants.rows(tmp_path, trials)) == (trials[0].variant, "3.0", "1.0, 2.0, 3.0, 4.0, 5.0", "0.03")
 
 
 def test_unknown_cells_are_refused(capsys):

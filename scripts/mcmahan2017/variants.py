@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from torch import nn
 import fedsim
 from fedsim import datasets, models
 from fedsim.targets import Target
-from mcmahan2017.plan import Cell
+from mcmahan2017.plan import Cell, Plan, rate_at, step_of
 
 CELL = "table1-2nn-iid-E1-B10-C0.1"
+ELSEWHERE = ("table1-2nn-iid-E1-B10-C0.0", "table1-2nn-iid-E1-B10-C1.0", "table1-2nn-shards-E1-B10-C0.1")
+"""Where what explains the difference in `CELL` is tried too, at the three rates with which a search starts."""
 SEEDS = (1, 2, 3, 4, 5)
+SEEDS_ELSEWHERE = (1, 2, 3)
 MAX_ROUNDS = 200
 FILE = "variants.parquet"
 
@@ -82,22 +86,52 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What is changed: the rate, the model's factory, or the data set's."""
 
 
-def run(cell: Cell, variant: str, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trial:
+    """A variant of a cell: some runs, alike but for their seeds."""
+
+    cell: Cell
+    variant: str
+    rate: float
+    model: Callable[[models.ImageShape, int], nn.Module] | None
+    dataset: Callable[[], fedsim.Dataset] | None
+    seeds: tuple[int, ...]
+    max_rounds: int
+
+
+def trials(plan: Plan) -> list[Trial]:
+    """All that is tried."""
+    cells = {cell.name: cell for cell in plan.cells}
+    there = [
+        Trial(
+            cells[CELL], name, changes.get("lr", 0.1), changes.get("model"), changes.get("dataset"), SEEDS, MAX_ROUNDS
+        )
+        for name, changes in VARIANTS.items()
+    ]
+    elsewhere = [
+        Trial(cell, f"pixels in -1..1, rate {rate:g}", rate, None, _symmetric, SEEDS_ELSEWHERE, plan.max_rounds(cell))
+        for cell in (cells[name] for name in ELSEWHERE)
+        for rate in (rate_at(step_of(cell.rate) + step) for step in (-1, 0, 1))
+    ]
+    return there + elsewhere
+
+
+def run(trial: Trial, seed: int) -> dict[str, Any]:
     """A row of variants.parquet."""
-    changes = VARIANTS[variant]
-    make = changes.get("dataset")
     done = fedsim.run(
-        cell.config(changes.get("lr", 0.1), seed, MAX_ROUNDS),
+        trial.cell.config(trial.rate, seed, trial.max_rounds),
         results=None,
-        stop_at={"test_accuracy": cell.target},
-        model=changes.get("model"),
-        dataset=make() if make else None,
+        stop_at={"test_accuracy": trial.cell.target},
+        model=trial.model,
+        dataset=trial.dataset() if trial.dataset else None,
     )
     rounds = done.rounds
-    crossing = Target("test_accuracy", cell.target).crossing(rounds["round"].tolist(), rounds["test_accuracy"].tolist())
+    accuracy = rounds["test_accuracy"].tolist()
+    crossing = Target("test_accuracy", trial.cell.target).crossing(rounds["round"].tolist(), accuracy)
     is_there = crossing is not None
     return {
-        "variant": variant,
+        "cell": trial.cell.name,
+        "variant": trial.variant,
         "seed": seed,
         "rounds_to_target": crossing if is_there else math.nan,
         "first_round_at_target": float(rounds["round"].max()) if is_there else math.nan,
@@ -105,26 +139,32 @@ def run(cell: Cell, variant: str, seed: int) -> dict[str, Any]:
     }
 
 
-def measure(cell: Cell, folder: Path, pool: Executor) -> None:
-    """Makes the runs that variants.parquet has not."""
+def measure(plan: Plan, folder: Path, pool: Executor) -> None:
+    """Makes the runs that variants.parquet has not; each is kept as it comes."""
     path = folder / FILE
-    before = pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["variant", "seed"])
-    there = set(zip(before["variant"], before["seed"], strict=True))
-    missing = [(variant, seed) for variant in VARIANTS for seed in SEEDS if (variant, seed) not in there]
-    rows = list(pool.map(functools.partial(run, cell), *zip(*missing, strict=True))) if missing else []
-    new = pd.DataFrame(rows)
+    frame = pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["cell", "variant", "seed"])
+    there = set(zip(frame["cell"], frame["variant"], frame["seed"], strict=True))
+    missing = [
+        (trial, seed)
+        for trial in trials(plan)
+        for seed in trial.seeds
+        if (trial.cell.name, trial.variant, seed) not in there
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    pd.concat([frame for frame in (before, new) if len(frame)], ignore_index=True).to_parquet(path, index=False)
+    for done in as_completed(pool.submit(run, trial, seed) for trial, seed in missing):
+        row = pd.DataFrame([done.result()])
+        frame = pd.concat([frame, row], ignore_index=True) if len(frame) else row
+        frame.to_parquet(path, index=False)
 
 
-def rows(folder: Path, published: int) -> Iterator[tuple[str, ...]]:
-    """Of the page's table: variant, median, range, over the published rounds."""
+def rows(folder: Path, chosen: Sequence[Trial]) -> Iterator[tuple[str, ...]]:
+    """Of the page's table: variant, median, each seed, the median over the published rounds."""
     frame = pd.read_parquet(folder / FILE)
-    for variant in VARIANTS:
-        found = frame[frame["variant"] == variant]
+    for trial in chosen:
+        found = frame[(frame["cell"] == trial.cell.name) & (frame["variant"] == trial.variant)]
         values = sorted(found["rounds_to_target"].fillna(math.inf))
         if values:
             median = statistics.median(values)
-            shown = "not in 200" if math.isinf(median) else f"{median:.1f}"
-            ratio = "" if math.isinf(median) else f"{median / published:.2f}"
-            yield variant, shown, ", ".join("-" if math.isinf(v) else f"{v:.1f}" for v in values), ratio
+            shown = f"not in {trial.max_rounds:,}" if math.isinf(median) else f"{median:.1f}"
+            ratio = "" if math.isinf(median) else f"{median / trial.cell.published:.2f}"
+            yield trial.variant, shown, ", ".join("-" if math.isinf(v) else f"{v:.1f}" for v in values), ratio
