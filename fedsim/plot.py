@@ -17,7 +17,7 @@ import pandas as pd
 
 from fedsim.datasets import Dataset
 from fedsim.palette import COLORS, NEUTRAL, look
-from fedsim.summaries import curve, groups, over_seeds, summary
+from fedsim.summaries import by_number, curve, groups, over_seeds, summary
 from fedsim.targets import Target
 from fedsim.views import PARTS, Given, View, labels, measure, quantiles, seconds, thinned, view, views
 
@@ -36,7 +36,8 @@ _MOST_BARS = 100
 def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: Axes | None = None) -> Axes:
     """Test accuracy by round, a line for each group of runs that differ in their seed only.
 
-    The line is the mean over the seeds, the band its confidence interval (see `statistics`).
+    The line is the mean over the seeds, thin where some of them have ended; the band is its confidence interval (see
+    `statistics`).
 
     Args:
         runs: runs, their folders, or patterns such as "results/*".
@@ -49,20 +50,27 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
     shown = views(runs)
     goal = None if target is None else Target("test_accuracy", target)
     found, ax = groups(shown), _axes(ax)
-    for place, (name, members) in enumerate(found.items()):
+    ends = [f": {reached}" for reached in _reached(shown, goal)] if goal else [""] * len(found)
+    for place, ((name, members), end) in enumerate(zip(found.items(), ends, strict=True)):
         frame = curve(members, "test_accuracy").astype(float)
         color, dash = look(place)
-        marker = "o" if len(frame) <= _FEW else ""
-        seeds = f" ({len(members)} seeds)" if len(members) > 1 else ""
+        marker, seeds = "o" if len(frame) <= _FEW else "", f" ({len(members)} seeds)" if len(members) > 1 else ""
+        of_all, of_some = by_number(frame)
         ax.plot(
-            frame.index, frame["mean"], _LINES[dash], color=color, marker=marker, markersize=3, label=f"{name}{seeds}"
+            of_all.index,
+            of_all["mean"],
+            _LINES[dash],
+            color=color,
+            marker=marker,
+            markersize=3,
+            label=f"{name}{seeds}{end}",
         )
+        if len(of_some):
+            ax.plot(of_some.index, of_some["mean"], _LINES[dash], color=color, linewidth=0.6)
         low, high = frame["low"].clip(0, 1), frame["high"].clip(0, 1)
         ax.fill_between(frame.index, low, high, color=color, alpha=0.18, linewidth=0)
     if goal:
         ax.axhline(goal.value, color=NEUTRAL, linewidth=1, linestyle=(0, (1, 2)))
-        for line, reached in zip(ax.get_lines(), _reached(shown, goal), strict=False):
-            line.set_label(f"{line.get_label()}: {reached}")
     _dress(ax, "round", "test accuracy (fraction)", shown[0].name if len(shown) == 1 else "")
     if len(shown) > 1 or goal:
         _legend_below(ax)

@@ -204,6 +204,18 @@ def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:
     return pd.DataFrame(rows, index=values.index, columns=["mean", "low", "high", "number"])
 
 
+def by_number(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A `curve` as far as all of its seeds go, and the rest, in which some have ended: no mean of the same runs.
+
+    The rest begins with the last row of the first part, so that the two meet; it is empty where all end together.
+    """
+    if frame.empty:
+        return frame, frame
+    last = frame.index[frame["number"] == frame["number"].max()].max()
+    rest = frame[frame.index >= last]
+    return frame[frame.index <= last], rest if len(rest) > 1 else rest.iloc[:0]
+
+
 def check_column(column: str) -> None:
     """Lets pass a column of rounds.parquet that is a number.
 

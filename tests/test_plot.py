@@ -193,6 +193,17 @@ def test_accuracy_draws_a_line_a_group_with_its_band(tmp_path):
     ]
 
 
+def test_a_mean_is_thin_where_some_seeds_have_ended(tmp_path):
+    for seed, last in enumerate((2, 4)):
+        rows = [round_row(round, test_accuracy=0.1 * (1 + round)) for round in range(last + 1)]
+        make(tmp_path / f"a{seed}", rows, config=SERIAL.override({"seed": seed}))
+    of_all, of_some = fedsim.plot.accuracy(tmp_path / "*").get_lines()
+    assert of_all.get_xdata().tolist() == [0, 1, 2]
+    assert of_some.get_xdata().tolist() == [2, 3, 4]
+    assert of_some.get_linewidth() < of_all.get_linewidth()
+    assert of_some.get_color() == of_all.get_color()
+
+
 def test_a_target_that_nobody_reached(tmp_path):
     ax = fedsim.plot.accuracy(make(tmp_path / "a"), target=0.99)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["mnist: 0.99 not reached"]

@@ -17,6 +17,7 @@ from made_runs import client_row, make, make_damaged, round_row
 import fedsim
 from fedsim import cli, reporting, views
 from fedsim.errors import FedsimWarning, InputError, RunFolderError
+from fedsim.metrics import ROUND_COLUMNS
 from fedsim.reporting import html, learning
 from fedsim.run_folder import lock
 from fedsim.statistics import interval
@@ -230,15 +231,19 @@ def evaluated(tmp_path_factory):
     return run, Page(fedsim.report(run))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_fairness_is_the_runs_numbers(evaluated, when):
+@pytest.mark.parametrize("title", learning.FAIRNESS)
+def test_fairness_is_the_runs_numbers(evaluated, title):
     run, page = evaluated
-    for what, called in learning.FAIRNESS.items():
-        trace = page.trace(f"Accuracy on a client's own data, {when} its training", called[0])
-        values = run.rounds.set_index("round")[f"accuracy_{when}_{what}"].dropna()
+    for column, (called, _) in learning.FAIRNESS[title].items():
+        trace, values = page.trace(title, called), run.rounds.set_index("round")[column].dropna()
         assert trace["x"] == values.index.tolist() == [1, 2, 3]
         assert trace["y"] == pytest.approx(values.tolist(), rel=1e-4)
-        assert f"{called[0]} {values.iloc[-1]:.4g} in round 3." in page.text["Fairness"]
+        assert f"{called} {values.iloc[-1]:.4g} in round 3." in page.text["Fairness"]
+
+
+def test_every_column_of_fairness_is_drawn():
+    drawn = {column for columns in learning.FAIRNESS.values() for column in columns}
+    assert drawn == {column.name for column in ROUND_COLUMNS if column.name.startswith("accuracy_")}
 
 
 def test_the_clients_accuracies_are_drawn(evaluated):
@@ -370,6 +375,18 @@ def test_groups_of_seeds_are_a_line_each(tmp_path):
     assert "training. lr" in page.text["Configuration"].partition("What all share")[0], "with a place to break"
     assert page.chart("Time of a mean round")["layout"]["yaxis"]["ticktext"] == ["a0", "a1", "a2", "b"]
     assert page.trace("Time of a mean round", "evaluation")["x"] == [0.5, 0.5, 0.5, pytest.approx(1 / 3, rel=1e-4)]
+
+
+def test_a_mean_is_thin_where_some_seeds_have_ended(tmp_path):
+    for seed, last in enumerate((2, 4)):
+        rows = [round_row(round, test_accuracy=0.1 * (1 + round)) for round in range(last + 1)]
+        make(tmp_path / f"a{seed}", rows, config=SERIAL.override({"seed": seed}))
+    page = page_of(tmp_path / "*", path=tmp_path / "page.html")
+    of_all, of_some = [trace for trace in page.chart("Test accuracy")["data"] if trace["type"] == "scatter"][-2:]
+    assert of_all["x"] == [0, 1, 2]
+    assert (of_some["x"], of_some["name"][-14:]) == ([2, 3, 4], ", not all runs")
+    assert of_some["line"]["width"] < of_all["line"]["width"]
+    assert "thin where some of its runs have ended" in page.text["Accuracy and loss"]
 
 
 def test_where_the_page_of_several_goes(tmp_path, monkeypatch):

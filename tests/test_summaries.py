@@ -155,6 +155,17 @@ def test_a_curve_by_hand():
     assert frame["number"].tolist() == [2, 2, 1]
     assert frame.loc[0, "high"] == pytest.approx(0.2 + 12.7062 * 0.1, rel=1e-4)  # half of 0.2/sqrt(2) * sqrt(2)
     assert math.isnan(frame.loc[3, "low"])
+    of_all, of_some = summaries.by_number(frame)
+    assert of_all.index.tolist() == [0, 2]
+    assert of_some.index.tolist() == [2, 3], "the two meet"
+
+
+@pytest.mark.parametrize("accuracies", [[0.1, 0.2], [0.1], [], [math.nan]])
+def test_where_all_end_together_nothing_is_of_some(accuracies):
+    frame = summaries.curve([Stub("a", accuracies), Stub("b", accuracies, seed=1)], "test_accuracy")
+    of_all, of_some = summaries.by_number(frame)
+    assert of_all.equals(frame)
+    assert of_some.empty
 
 
 @pytest.mark.parametrize("column", ["accuracy", "weights_sha256", "run"])

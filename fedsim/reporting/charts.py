@@ -28,6 +28,8 @@ class Line(NamedTuple):
     """What each is called, its lower and its upper end."""
     color: str
     dash: str = "solid"
+    whole_until: float = math.inf
+    """The last round in which all runs are there; the line is thin after it."""
 
 
 def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Chart:
@@ -46,17 +48,21 @@ def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Cha
                 traces.append(_band(f"{name}, {line.name}", low[is_there], high[is_there], line.color))
     for line in drawn:
         middle = line.middle.dropna()
-        traces.append(
-            {
-                **_points(middle),
-                "type": "scatter",
-                "mode": "lines+markers" if len(middle) <= 60 else "lines",
-                "name": text(line.name),
-                "line": {"color": line.color, "dash": line.dash, "width": 2},
-                "marker": {"size": 4},
-                "hovertemplate": f"%{{y:.4g}}<extra>{text(line.name)}</extra>",
-            }
-        )
+        place = middle.index.searchsorted(line.whole_until, side="right")
+        some = f"{line.name}, not all runs"
+        for name, part, width in ((line.name, middle[:place], 2), (some, middle[max(0, place - 1) :], 0.8)):
+            if width == 2 or len(part) > 1:
+                traces.append(
+                    {
+                        **_points(part),
+                        "type": "scatter",
+                        "mode": "lines+markers" if len(middle) <= 60 else "lines",
+                        "name": text(name),
+                        "line": {"color": line.color, "dash": line.dash, "width": width},
+                        "marker": {"size": 2 * width},
+                        "hovertemplate": f"%{{y:.4g}}<extra>{text(name)}</extra>",
+                    }
+                )
     layout = _layout("round", y)
     places = [place for line in drawn for place in line.middle.index]
     pad = 0.015 * max(1, max(places) - min(places))

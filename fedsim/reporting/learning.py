@@ -8,7 +8,7 @@ from fedsim.reporting import charts, html
 from fedsim.reporting.charts import Line
 from fedsim.reporting.shown import Shown
 from fedsim.statistics import LEVEL, Interval
-from fedsim.summaries import curve, over_seeds, summary
+from fedsim.summaries import by_number, curve, over_seeds, summary
 from fedsim.targets import Target
 
 CURVES = {
@@ -17,7 +17,19 @@ CURVES = {
     "train_loss": ("Training loss of the sampled clients", "nats"),
     "update_l2_norm": ("Length of the server's step", "L2 norm"),
 }
-FAIRNESS = {"mean": ("mean client", "solid"), "worst_decile": ("worst tenth of the clients", "dash")}
+_OWN = "Accuracy on a client's own data, {} its training"
+FAIRNESS = {
+    _OWN.format(when): {
+        f"accuracy_{when}_mean": ("mean client", "solid"),
+        f"accuracy_{when}_worst_decile": ("worst tenth of the clients", "dash"),
+    }
+    for when in ("before", "after")
+} | {
+    "Variance of these accuracies": {
+        "accuracy_before_variance": ("variance before training", "solid"),
+        "accuracy_after_variance": ("variance after training", "dash"),
+    }
+}
 RULE = (
     "Rounds as in McMahan et al. 2017: where the curve of the best value so far comes to the target, "
     "linear between the rounds that were evaluated."
@@ -30,7 +42,10 @@ def curves(shown: Shown) -> str | None:
     if not figures:
         return None
     has_bands = any(len(group.runs) > 1 for group in shown.groups)
-    note = f"Lines are means over seeds, bands their {LEVEL:.0%} confidence intervals (Student's t)."
+    note = (
+        f"Lines are means over seeds, bands their {LEVEL:.0%} confidence intervals (Student's t). "
+        "A line is thin where some of its runs have ended."
+    )
     return shown.legend() + (html.paragraph(note, "quiet") if has_bands else "") + html.charts(figures)
 
 
@@ -44,7 +59,8 @@ def _curve(shown: Shown, column: str) -> str | None:
         frame = charts.thin(whole)
         most = 1.0 if "accuracy" in column else math.inf
         band = ("confidence interval", frame["low"].clip(lower=0.0), frame["high"].clip(upper=most))
-        lines.append(Line(group.letter or group.name, frame["mean"], [band], group.color, group.dash))
+        until = by_number(whole)[0].index[-1]
+        lines.append(Line(group.letter or group.name, frame["mean"], [band], group.color, group.dash, until))
         mean, rounds = whole["mean"], whole.index
         span = f"{mean.iloc[0]:.4g} in round {rounds[0]}, {mean.iloc[-1]:.4g} in round {rounds[-1]}"
         best = (
@@ -98,26 +114,29 @@ def _target(shown: Shown, target: Target) -> str:
 
 def fairness(shown: Shown) -> str | None:
     """The clients' own accuracies, where they were evaluated."""
-    figures = [figure for when in ("before", "after") if (figure := _fairness(shown, when))]
+    figures = [figure for title in FAIRNESS if (figure := _fairness(shown, title))]
     if not figures:
         return None
-    keys = [(html.line_key("#3e4c59", dash), called) for called, dash in FAIRNESS.values()]
+    names: dict[str, list[str]] = {}
+    for called, dash in (style for columns in FAIRNESS.values() for style in columns.values()):
+        names[dash] = list(dict.fromkeys([*names.get(dash, []), called]))
+    keys = [(html.line_key("#3e4c59", dash), "; ".join(called)) for dash, called in names.items()]
     return shown.legend() + html.legend(keys) + html.charts(figures)
 
 
-def _fairness(shown: Shown, when: str) -> str | None:
+def _fairness(shown: Shown, title: str) -> str | None:
     lines, said = [], []
     for group in shown.groups:
-        for what, (called, dash) in FAIRNESS.items():
-            frame = charts.thin(curve(group.runs, f"accuracy_{when}_{what}"))
-            if frame.empty:
+        for column, (called, dash) in FAIRNESS[title].items():
+            whole = curve(group.runs, column)
+            if whole.empty:
                 continue
-            lines.append(Line(f"{group.prefix}{called}", frame["mean"], [], group.color, dash))
+            frame, until = charts.thin(whole), by_number(whole)[0].index[-1]
+            lines.append(Line(f"{group.prefix}{called}", frame["mean"], [], group.color, dash, until))
             said.append(f"{group.prefix}{called} {frame['mean'].iloc[-1]:.4g} in round {frame.index[-1]}.")
     if not lines:
         return None
-    title = f"Accuracy on a client's own data, {when} its training"
-    return html.figure(title, charts.lines(lines, "fraction"), " ".join(said))
+    return html.figure(title, charts.lines(lines, "" if "Variance" in title else "fraction"), " ".join(said))
 
 
 def size(number: float) -> str:
