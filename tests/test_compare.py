@@ -15,7 +15,7 @@ from fedsim import cli
 from fedsim.comparison import parting
 from fedsim.errors import InputError, RunFolderError
 from fedsim.metrics import CLIENT_SCHEMA
-from fedsim.results import parts
+from fedsim.results import Runs, parts
 from fedsim.run_folder import paths_of
 from tests.helpers import SERIAL
 
@@ -110,6 +110,12 @@ def test_folders_with_odd_names_are_found(results, tmp_path, capsys):
     assert len(fedsim.load_runs([tmp_path / "y*", tmp_path / "y*" / "a"])) == 1
 
 
+def test_what_was_configured_and_planned_is_named_once(results, tmp_path, capsys):
+    run = fedsim.run(SERIAL.override({"placement.threads": 2}), results=tmp_path, name="two")
+    assert compare(results, "short", str(run.path)) == 0
+    assert capsys.readouterr().out.partition("different in")[2].count("placement.threads") == 1
+
+
 def test_environments_that_differ_are_named(results, tmp_path, capsys):
     run = fedsim.run(SERIAL, results=tmp_path, name="elsewhere")
     info = json.loads((run.path / "run.json").read_text())
@@ -175,6 +181,12 @@ def test_many_runs_from_python(results):
     assert set(runs.rounds.merge(runs.configs, on="run")["seed"]) == {0, 1, 2}
     with pytest.raises(InputError, match="give one target, not 2"):
         runs.summary({"test_accuracy": 0.5, "test_loss": 1.0})
+
+
+@pytest.mark.parametrize("of", ["rounds", "clients", "configs", "summary", "over_seeds", "paired"])
+def test_no_runs_are_a_clear_error(of):
+    with pytest.raises(InputError, match="these Runs are empty"):
+        getattr(Runs(), of)()
 
 
 def test_runs_of_one_name_are_told_apart(results, tmp_path):

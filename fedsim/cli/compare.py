@@ -127,8 +127,10 @@ def _unlike(one: Run, other: Run) -> Iterable[tuple[str, tuple[Any, Any]]]:
 
     kept = ("versions", "machine", "git_commit", "engine", "data", "own", "device", "numerics_fingerprint", "placement")
     told = [dict(flat({key: run.info.get(key) for key in kept})) for run in (one, other)]
+    unlike: dict[tuple[str, Any, Any], None] = {}  # the plan says again what of it was configured
     for values in ([dict(flat(run.config.to_dict())) for run in (one, other)], told):
         for key in dict.fromkeys([*values[0], *values[1]]):
             pair = values[0].get(key, "-"), values[1].get(key, "-")
             if pair[0] != pair[1] and not key.startswith("placement.reasons"):
-                yield key, pair
+                unlike[key, *pair] = None
+    return [(key, (was, now)) for key, was, now in unlike]

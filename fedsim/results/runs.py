@@ -67,6 +67,8 @@ class Runs(tuple[Run, ...]):
         return summaries.paired(self.summary(target))
 
     def _labelled(self) -> list[tuple[str, Run]]:
+        if not self:
+            raise InputError("there are no runs to read: these Runs are empty")
         times = Counter(run.name for run in self)
         return [(run.name if times[run.name] == 1 else str(run.path or run.name), run) for run in self]
 
