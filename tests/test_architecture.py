@@ -58,6 +58,7 @@ LAYERS = (
         "placement.plan",
         "placement",
         "resolution",
+        "grid",
         "failures",
     ),
     (
@@ -341,7 +342,9 @@ def test_the_door_and_the_command_line_open_at_once(statement):
 
 def test_what_is_checked_before_ray_starts_needs_no_torch():
     """A wrong name is answered at once, and torch is imported while Ray starts."""
-    statement = "import fedsim.cli, fedsim.launch, fedsim.resolution, fedsim.run_folder, fedsim.actors.connection"
+    statement = (
+        "import fedsim.cli, fedsim.launch, fedsim.grid, fedsim.resolution, fedsim.run_folder, fedsim.actors.connection"
+    )
     assert loaded_by(statement, of=("ray", "torch", "torchvision", "pandas", "pyarrow")) == [{"ray"}]
     assert loaded_by(statement.rpartition(",")[0], of=("ray", "torch")) == [set()]
 

@@ -9,12 +9,11 @@ from torch import nn
 
 import fedsim
 from fedsim import cli
-from fedsim.compatibility import NOTHING
 from fedsim.errors import ClientError, ConfigError, RunFolderError
+from fedsim.grid import members
 from fedsim.launch import Warm
 from fedsim.recording import Recording
 from fedsim.results import load_runs
-from fedsim.sweeps import members
 from tests.helpers import SERIAL, assert_same_results, content
 
 GRID = {"training.lr": [0.05, 0.1], "strategy.name": ["fedavg", "fedavgm"]}
@@ -171,7 +170,7 @@ def test_own_parts_are_in_all_runs(tmp_path):
 
 
 def found(tmp_path, grid, seeds=(0,), config=SERIAL):
-    return members(config, grid, seeds, tmp_path / "x", [], NOTHING)
+    return members(config, grid, seeds, tmp_path / "x", [], {})
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from fedsim.cli.terminal import console, count_rounds, fail, record
 from fedsim.errors import ConfigError, DivergedError
 
 if TYPE_CHECKING:
+    from fedsim.config import Config
     from fedsim.recording import Recording
 
 
@@ -54,18 +55,24 @@ def sweep(
     config = configuration(experiment_name, changes, address)
     values, chosen = _grid(grid), _seeds(seeds)
     goals = parsed_targets(stop_at)
-    from fedsim.compatibility import NOTHING
-    from fedsim.sweeps import folder_of, members, recordings
+    from fedsim import launch
+    from fedsim.grid import folder_of, members
 
     folder = folder_of(results, name, config)
-    found = members(config, values, chosen, folder, goals, NOTHING)
-    done = sum(member.state == "finished" for member in found)
+    found = members(config, values, chosen, folder, goals, own={})
+    to_run = [member.config for member in found if member.state != "finished"]
+    done = len(found) - len(to_run)
     if not quiet:
         console.print(f"{folder}: {len(found)} runs" + (f", of which {done} are finished" if done else ""))
     diverged = 0
     try:
-        with contextlib.closing(recordings(found, goals, NOTHING, debug=debug)) as unfinished:
-            for recording in unfinished:
+        with contextlib.ExitStack() as stack:
+            if to_run and all(_asks_as(to_run[0], config) for config in to_run):  # one Ray serves them all
+                stack.enter_context(launch.early_ray(to_run[0], debug=debug))
+            from fedsim.compatibility import NOTHING
+            from fedsim.sweeps import recordings
+
+            for recording in stack.enter_context(contextlib.closing(recordings(found, goals, NOTHING, debug=debug))):
                 started, is_diverged = time.perf_counter(), False
                 try:
                     record(recording, quiet=quiet or not console.is_terminal)
@@ -81,6 +88,11 @@ def sweep(
     said = f", of which {diverged} diverged" if diverged else ""
     console.print(f"{folder}: {len(found)} runs{said}")
     console.print(f"import fedsim; fedsim.load_runs({str(folder)!r}).rounds")
+
+
+def _asks_as(one: Config, other: Config) -> bool:
+    """Whether two runs ask the same of Ray."""
+    return (one.placement, one.clients) == (other.placement, other.clients)
 
 
 def _outcome(recording: Recording, *, is_diverged: bool) -> str:

@@ -1,0 +1,144 @@
+"""The runs of a sweep: every combination of some values with every seed, checked, and what is there of each.
+
+Without torch, so that a sweep is refused at once, and Ray can start while torch is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedsim.config import RUN_NAME, Config
+from fedsim.config.changes import computed
+from fedsim.errors import ConfigError, DivergedError, RunFolderError
+from fedsim.resolution import resolve
+from fedsim.run_folder import check_name, read_info, read_run
+
+if TYPE_CHECKING:
+    from fedsim.targets import Target  # brings pyarrow
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep."""
+
+    folder: Path
+    config: Config
+    """Whole and resolved."""
+    state: Literal["new", "stopped", "finished"]
+
+
+def folder_of(results: Path, name: str | None, config: Config) -> Path:
+    """The folder of a sweep.
+
+    Raises:
+        RunFolderError: it is a run's.
+    """
+    folder = results / check_name(name if name is not None else f"{config.name[:94]}-sweep")
+    if read_info(folder) is not None:
+        raise RunFolderError(f"{folder} is a run, so it cannot hold the runs of a sweep; choose another --name")
+    return folder
+
+
+def members(
+    config: Config,
+    grid: Mapping[str, Sequence[Any]],
+    seeds: Sequence[int] | None,
+    folder: Path,
+    stop_at: Sequence[Target],
+    own: Mapping[str, str],
+) -> list[Member]:
+    """The runs of a sweep, all checked against the tables and against what is in its folder.
+
+    Args:
+        config: what all have in common.
+        grid: dotted key -> its values.
+        seeds: None for the configuration's own.
+        folder: of the sweep, see `folder_of`.
+        stop_at: ends a run.
+        own: parts that come from Python: which -> what run.json calls it.
+
+    Raises:
+        ConfigError: a key or value is wrong, or there is nothing to choose from.
+        RunFolderError: a folder holds another run.
+    """
+    for key, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise ConfigError(f"the grid has {key} = {values!r}: give a list of values")
+    axes = {key: [_plain(value) for value in values] for key, values in grid.items()}
+    for key, values in axes.items():
+        if key in ("seed", "name"):
+            raise ConfigError(f"{key} cannot be in the grid: " + {"seed": "give seeds", "name": "runs are named"}[key])
+        if not values:
+            raise ConfigError(f"the grid has no values for {key}: give at least one")
+    chosen = [_plain(seed) for seed in seeds] if seeds is not None else [config.seed]
+    if not chosen:
+        raise ConfigError("there are no seeds: give at least one")
+    short = _short_names(axes)
+    found: dict[str, Member] = {}
+    for point in itertools.product(*axes.values()):
+        changes = dict(zip(axes, point, strict=True))
+        for seed in chosen:
+            named = [f"{short[key]}-{_text(value)}" for key, value in changes.items()]
+            name = "_".join([*named, f"seed-{seed}"])
+            if name in found:
+                raise ConfigError(f"two runs would be called {name}: give each value once")
+            if not RUN_NAME.fullmatch(name):
+                raise ConfigError(f"a run would be called {name}, which is no name for a run: sweep over fewer keys")
+            resolved = resolve(config.override({**changes, "seed": seed}), own_strategy="strategy" in own)
+            for goal in stop_at:
+                goal.check(resolved)
+            found[name] = _member(folder / name, resolved, stop_at, own)
+    return list(found.values())
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it, where numpy gave it."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
+    """The last word of each key, or as many as tell them apart."""
+    short: dict[str, str] = {}
+    for key in keys:
+        words = key.split(".")
+        number = 1
+        while any(other != key and other.split(".")[-number:] == words[-number:] for other in keys):
+            number += 1
+        short[key] = ".".join(words[-number:])
+    return short
+
+
+def _text(value: Any) -> str:
+    """A value in a name: what is not allowed there is left out."""
+    text = f"{value:g}".replace("e+", "e") if isinstance(value, float) else str(value)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+
+
+def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mapping[str, str]) -> Member:
+    """A run as it is there.
+
+    Raises:
+        RunFolderError: the folder is no run, or holds another one.
+    """
+    if not folder.exists():
+        return Member(folder, config, "new")
+    info, there, damage = read_run(folder)
+    if damage:
+        raise RunFolderError(f"{damage}; remove that folder, and the sweep makes the run again")
+    was, now = computed(there), computed(config)
+    was["stop_at"] = ", ".join(info.get("stop_at", []))
+    now["stop_at"] = ", ".join(map(str, stop_at))
+    was |= {f"own {part}": name for part, name in info["own"].items()}
+    now |= {f"own {part}": called for part, called in own.items()}
+    for key in dict.fromkeys([*now, *was]):
+        if was.get(key) != now.get(key):
+            raise RunFolderError(
+                f"{folder} is there with {key} = {was.get(key)!r}, not {now.get(key)!r}: give this sweep another --name"
+            )
+    is_over = info["status"] == "finished" or str(info["error"]).startswith(f"{DivergedError.__name__}:")
+    return Member(folder, config, "finished" if is_over else "stopped")
