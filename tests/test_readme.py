@@ -122,7 +122,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     )
     names = {}
     blocks = [block for language, block in BLOCKS if language == "python"]
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("accuracy.png", "report.html"))
