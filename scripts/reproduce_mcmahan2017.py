@@ -18,10 +18,12 @@ Reference:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import fnmatch
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,6 +73,21 @@ def _tasks(the_plan: plan.Plan, cells: Sequence[plan.Cell], store: Store, going:
     return [task for task in tasks if task.key not in going]
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other reproduction writes into this folder; none can until the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held, is_alone = os.open(folder, os.O_RDONLY), True
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_alone = False
+        yield is_alone
+    finally:
+        os.close(held)
+
+
 def _said(finished: Finished | None) -> str:
     if finished is None:
         return "interrupted, to go on"
@@ -93,13 +110,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [cell for cell in the_plan.cells if fnmatch.fnmatch(cell.name, args.cells)]
     if not cells:
         parser.error(f"no cell {args.cells!r}; there are {', '.join(cell.name for cell in the_plan.cells)}")
-    store = Store(args.output)
-    if args.variants:
-        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-            variants.measure(the_plan, args.output, pool)
-    elif not args.report:
-        reproduce(the_plan, cells, store, args.runs, min(time.time() + 3600 * args.hours, 1e12), args.jobs)
-    page.write(the_plan, store)
+    if not args.report:
+        with _alone(args.output) as is_alone:
+            if not is_alone:
+                parser.error(
+                    f"another reproduction writes into {args.output}; wait until it ends, or name another --output"
+                )
+            if args.variants:
+                with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+                    variants.measure(the_plan, args.output, pool)
+            else:
+                until = min(time.time() + 3600 * args.hours, 1e12)
+                reproduce(the_plan, cells, Store(args.output), args.runs, until, args.jobs)
+    page.write(the_plan, Store(args.output))
     print(args.output / "README.md")
 
 

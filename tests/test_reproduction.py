@@ -326,3 +326,15 @@ def test_unknown_cells_are_refused(capsys):
         reproduce_mcmahan2017.main(["--cells", "table3-*"])
     assert ended.value.code == 2
     assert "no cell 'table3-*'; there are table" in capsys.readouterr().err
+
+
+def test_two_at_a_time_would_overwrite_each_other(tmp_path, capsys):
+    with reproduce_mcmahan2017._alone(tmp_path) as is_alone:
+        assert is_alone
+        with pytest.raises(SystemExit) as ended:
+            reproduce_mcmahan2017.main(["--output", str(tmp_path), "--hours", "0"])
+    assert ended.value.code == 2
+    assert f"another reproduction writes into {tmp_path}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    reproduce_mcmahan2017.main(["--output", str(tmp_path), "--hours", "0"])
+    assert (tmp_path / "README.md").exists()
