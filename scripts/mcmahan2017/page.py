@@ -140,14 +140,17 @@ def _variants(plan: Plan, store: Store) -> Iterator[str]:
         "takes less than one round off.",
         "",
     )
+    yield from (
+        "Pixels in -1..1 in other cells, at the three rates with which a search starts; which of them is best is seen "
+        "on the same seeds, unlike in the tables above, and it may lie at an edge.",
+        "",
+    )
     for cell in dict.fromkeys(trial.cell for trial in trials if trial.cell != first):
         rows = list(variants.rows(store.folder, [trial for trial in trials if trial.cell == cell]))
         if rows:
             data, ours = "IID" if cell.partition == "iid" else "non-IID", outcome(plan, cell, store).rounds
             said = f"; with pixels in 0..1 ours are {ours.mean:.1f}" if ours else ""
-            about = (
-                f"{data}, B = 10, C = {cell.per_round:g}: {cell.published:,} rounds in the paper{said}. Three seeds:"
-            )
+            about = f"{data}, B = 10, C = {cell.per_round:g}: {cell.published:,} rounds in the paper{said}:"
             yield from (about, "", *table(header, rows), "")
 
 
@@ -156,7 +159,9 @@ def _row(each: Outcome) -> tuple[str, ...]:
     ours = "-" if each.verdict in ("searching", "running", "not run") else f"{each.num_reached} of 3 seeds reached it"
     if each.rounds:
         mean, low, high, _ = each.rounds
-        ours = f"{mean:.0f} [{low:.0f}, {high:.0f}]" if cell.published > 100 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+        ours = (
+            f"{mean:,.0f} [{low:,.0f}, {high:,.0f}]" if cell.published > 100 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+        )
     data = "IID" if cell.partition == "iid" else "non-IID"
     return (
         f"{data}, {cell.local_epochs}, {cell.batch_size or 'inf'}, {cell.per_round:g}",
