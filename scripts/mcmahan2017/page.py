@@ -121,7 +121,10 @@ def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str
     if len(store.runs):
         last = store.runs.iloc[-1]
         hours = store.runs["seconds"].sum() / 3600
-        yield f"{len(store.runs):,} runs, {hours:.1f} hours of one core; {last['machine']}; {last['versions']}."
+        yield (
+            f"{len(store.runs):,} runs, {hours:.1f} hours of rounds, one process each, pauses included; "
+            f"{last['machine']}; {last['versions']}."
+        )
 
 
 def _variants(plan: Plan, store: Store) -> Iterator[str]:
