@@ -33,16 +33,21 @@ class Store:
         """Adds a run to both files."""
         self.runs = _added(self.runs, pd.DataFrame([finished.row])).sort_values(KEY, ignore_index=True)
         self.curves = _added(self.curves, finished.curve).sort_values([*KEY, "round"], ignore_index=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
         for name, frame in (("curves", self.curves), ("runs", self.runs)):  # a run is there when its row is
-            new = self.folder / f".{name}.parquet.tmp"
-            frame.to_parquet(new, index=False)
-            new.replace(self.folder / f"{name}.parquet")
+            write(self.folder / f"{name}.parquet", frame)
 
     def done(self, cell: Cell) -> list[Done]:
         """The runs of a cell."""
         rows = self.runs[self.runs["cell"] == cell.name]
         return [Done(r.lr, r.seed, r.rounds_to_target, r.best_accuracy) for r in rows.itertuples()]
+
+
+def write(path: Path, frame: pd.DataFrame) -> None:
+    """Writes a table whole or not at all: what is lost were hours of runs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.tmp")
+    frame.to_parquet(new, index=False)
+    new.replace(path)
 
 
 def _added(frame: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:

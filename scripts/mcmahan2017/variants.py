@@ -22,6 +22,7 @@ from torch import nn
 import fedsim
 from fedsim import datasets, models
 from fedsim.targets import Target
+from mcmahan2017 import store
 from mcmahan2017.plan import Cell, Plan, rate_at, step_of
 
 CELL = "table1-2nn-iid-E1-B10-C0.1"
@@ -150,11 +151,10 @@ def measure(plan: Plan, folder: Path, pool: Executor) -> None:
         for seed in trial.seeds
         if (trial.cell.name, trial.variant, seed) not in there
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     for done in as_completed(pool.submit(run, trial, seed) for trial, seed in missing):
         row = pd.DataFrame([done.result()])
         frame = pd.concat([frame, row], ignore_index=True) if len(frame) else row
-        frame.to_parquet(path, index=False)
+        store.write(path, frame)
 
 
 def rows(folder: Path, chosen: Sequence[Trial]) -> Iterator[tuple[str, ...]]:
