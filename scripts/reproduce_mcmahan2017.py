@@ -31,7 +31,7 @@ from pathlib import Path
 from mcmahan2017 import page, plan, variants
 from mcmahan2017.search import Task, next_tasks
 from mcmahan2017.store import Store
-from mcmahan2017.work import Finished, work
+from mcmahan2017.work import Finished, end_with_parent, work
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = ROOT / "results" / "published" / "mcmahan2017"
@@ -52,7 +52,7 @@ def reproduce(
         jobs: processes, one a run.
     """
     going: dict[Future[Finished | None], Task] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with _pool(jobs) as pool:
         while True:
             free = jobs - len(going)
             for task in _tasks(the_plan, cells, store, {task.key for task in going.values()})[:free]:
@@ -65,6 +65,10 @@ def reproduce(
                 if finished:
                     store.add(finished)
                 print(f"{task.cell.name} lr={task.rate:g} seed={task.seed}: {_said(finished)}", flush=True)
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=end_with_parent)
 
 
 def _tasks(the_plan: plan.Plan, cells: Sequence[plan.Cell], store: Store, going: set[object]) -> list[Task]:
@@ -117,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     f"another reproduction writes into {args.output}; wait until it ends, or name another --output"
                 )
             if args.variants:
-                with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+                with _pool(args.jobs) as pool:
                     variants.measure(the_plan, args.output, pool)
             else:
                 until = min(time.time() + 3600 * args.hours, 1e12)

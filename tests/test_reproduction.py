@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -338,3 +341,19 @@ def test_two_at_a_time_would_overwrite_each_other(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
     reproduce_mcmahan2017.main(["--output", str(tmp_path), "--hours", "0"])
     assert (tmp_path / "README.md").exists()
+
+
+def test_workers_end_with_the_script_however_it_ends():
+    code = (
+        "import sys, time, os; sys.path.insert(0, 'scripts'); import reproduce_mcmahan2017 as r\n"
+        "with r._pool(1) as pool:\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 60).result()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=reproduce_mcmahan2017.ROOT, stdout=subprocess.PIPE, text=True
+    ) as script:
+        assert script.stdout is not None
+        worker = psutil.Process(int(script.stdout.readline()))
+        script.kill()
+    assert psutil.wait_procs([worker], timeout=20)[1] == []

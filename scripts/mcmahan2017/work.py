@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +31,21 @@ class Finished:
     """Of runs.parquet."""
     curve: pd.DataFrame
     """Of curves.parquet: the run's test accuracy by round."""
+
+
+def end_with_parent() -> None:
+    """Ends this process once its parent is gone, even killed with -9: nobody is left to take what it computes.
+
+    Its run goes on from the last checkpoint in a later call.
+    """
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def work(task: Task, runs: Path, until: float) -> Finished | None:
