@@ -92,9 +92,7 @@ def by_hand(model, weights, shard):
 # ---------------------------------------------------------------- one client
 
 
-@pytest.mark.parametrize(
-    ("model", "engine"), [(sequential, "loop"), (sequential, "stacked"), (normed, "loop")], ids=str
-)
+@pytest.mark.parametrize(("model", "engine"), [(sequential, "loop"), (sequential, "stacked"), (normed, "loop")])
 @pytest.mark.parametrize("client_id", range(4))
 def test_before_is_the_global_and_after_the_local_weights_on_the_whole_shard(model, engine, client_id):
     (update,) = fit(host(model, engine), client_id)

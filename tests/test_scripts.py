@@ -328,6 +328,18 @@ def test_the_checks_run_in_order_and_pytest_comes_last(machine: Machine) -> None
     assert machine.calls()[-1]["arguments"] == ["-m", "pytest", "-m", "", "-x"]
 
 
+@pytest.mark.parametrize(("asked", "second"), [((), "ray and not slow"), (("--all",), "slow or ray")])
+def test_the_whole_suite_runs_what_starts_no_ray_side_by_side(
+    machine: Machine, asked: tuple[str, ...], second: str
+) -> None:
+    machine.add("python3", "3.13.1")
+    assert machine.run("scripts/test", *asked).returncode == 0
+    one, other = (call["arguments"] for call in machine.calls()[-2:])
+    assert one[:4] == ["-m", "pytest", "-n", "auto"]
+    assert one[-2:] == ["-m", "not slow and not ray"]
+    assert other == ["-m", "pytest", "-m", second]
+
+
 @pytest.mark.parametrize(("check", "code"), [("check", 1), ("--check", 1), ("mypy", 2), ("pytest", 5)])
 def test_the_first_check_that_fails_ends_it(machine: Machine, check: str, code: int) -> None:
     machine.add("python3", "3.13.1")
