@@ -153,7 +153,8 @@ def _variants(plan: Plan, store: Store) -> Iterator[str]:
         if rows:
             data, ours = "IID" if cell.partition == "iid" else "non-IID", outcome(plan, cell, store).rounds
             said = f"; with pixels in 0..1 ours are {ours.mean:.1f}" if ours else ""
-            about = f"{data}, B = 10, C = {cell.per_round:g}: {cell.published:,} rounds in the paper{said}:"
+            batch = cell.batch_size or "inf"
+            about = f"{data}, B = {batch}, C = {cell.per_round:g}: {cell.published:,} rounds in the paper{said}:"
             yield from (about, "", *table(header, rows), "")
 
 

@@ -26,7 +26,12 @@ from mcmahan2017 import store
 from mcmahan2017.plan import Cell, Plan, rate_at, step_of
 
 CELL = "table1-2nn-iid-E1-B10-C0.1"
-ELSEWHERE = ("table1-2nn-iid-E1-B10-C0.0", "table1-2nn-iid-E1-B10-C1.0", "table1-2nn-shards-E1-B10-C0.1")
+ELSEWHERE = (
+    "table1-2nn-iid-E1-B10-C0.0",
+    "table1-2nn-iid-E1-B10-C1.0",
+    "table1-2nn-shards-E1-B10-C0.1",
+    "table1-2nn-iid-E1-Binf-C0.0",
+)
 """Where what explains the difference in `CELL` is tried too, at the three rates with which a search starts."""
 SEEDS = (1, 2, 3, 4, 5)
 SEEDS_ELSEWHERE = (1, 2, 3)
