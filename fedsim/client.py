@@ -110,7 +110,7 @@ class ClientHost:
         module = models.build(spec.model, spec.input_shape, spec.num_classes, spec.seed).to(self.device)
         self.layout = Layout.of(module)
         # all that a stacked engine depends on, as no weight counts; a loop engine works with the module itself
-        self._engine_for = replace(spec, seed=0), self.device, self.layout, str(module)
+        self._engine_for = replace(spec, seed=0), self.device, self.layout, _structure(module)
         self._engine = _engine(spec, module)
         if after and isinstance(self._engine, Stacked) and after._engine_for == self._engine_for:
             self._engine = after._engine
@@ -252,6 +252,14 @@ class ClientHost:
         return training.Examples(
             weights.read_only_tensor(images).to(self.device), weights.read_only_tensor(labels).to(self.device)
         )
+
+
+def _structure(module: nn.Module) -> list[tuple[str, type[nn.Module], str]]:
+    """Its layers with all their settings: a layer's own text leaves some out."""
+    return [
+        (name, type(layer), str({key: value for key, value in vars(layer).items() if not key.startswith("_")}))
+        for name, layer in module.named_modules(remove_duplicate=False)
+    ]
 
 
 def _engine(spec: ClientSpec, module: nn.Module) -> Engine:

@@ -14,6 +14,7 @@ from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import InputError
 from fedsim.experiment import Experiment
+from fedsim.own import called
 from fedsim.strategies import STRATEGIES, Strategy
 
 
@@ -24,6 +25,11 @@ class Own:
     model: Callable[..., nn.Module] | None = None
     strategy: Strategy | None = None
     dataset: Dataset | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Which -> what it is called now: what a part counts with may change."""
+        return {part: called(given) for part, given in vars(self).items() if given is not None}
 
 
 NOTHING = Own()
@@ -69,14 +75,19 @@ def compared(info: Mapping[str, Any], x: Experiment) -> dict[str, tuple[Any, Any
 
 
 def compared_strategy(info: Mapping[str, Any], x: Experiment) -> dict[str, tuple[Any, Any]]:
-    """The strategy that came from Python, where one of the two is fedsim's, as in `compared`.
+    """The strategy that came from Python, as in `compared`, where it was made with other values or one is fedsim's.
 
-    Two of the user's are taken for the same: one may have been renamed or moved since.
+    Otherwise two of the user's are taken for the same: one may have been renamed or moved since.
     """
-    was, now = info["own"].get("strategy"), x.own.get("strategy")
+    was, now = info["own"].get("strategy", ""), x.own.get("strategy", "")
+    name, _, values = was.partition("(")
+    new_name, _, new_values = now.partition("(")
     fedsims = {f"{make.__module__}.{make.__qualname__}" for make in STRATEGIES.values()}
-    is_unknown = was == f"{Strategy.__module__}.{Strategy.__qualname__}"  # all that an earlier fedsim wrote down
-    return {} if is_unknown or fedsims.isdisjoint({was, now}) else {"strategy": (was, now)}
+    is_unknown = name == f"{Strategy.__module__}.{Strategy.__qualname__}"  # all that an earlier fedsim wrote down
+    is_of_fedsim = not is_unknown and not fedsims.isdisjoint({name, new_name})
+    # the values are compared where both have them: an earlier fedsim wrote none
+    is_other = (is_of_fedsim and name != new_name) or (values and new_values and values != new_values)
+    return {"strategy": (was or None, now or None)} if is_other else {}
 
 
 def check_same(path: Path | None, pairs: Mapping[str, tuple[Any, Any]], anyway: bool) -> list[str]:

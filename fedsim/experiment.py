@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -14,6 +13,7 @@ from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import ConfigError
 from fedsim.numerics import numerics
+from fedsim.own import called
 from fedsim.partition import PARTITIONERS, Partition
 from fedsim.resolution import address, resolve
 from fedsim.sampling import SAMPLERS, Sampler
@@ -139,11 +139,3 @@ def split(config: Config, data: Dataset) -> Partition:
 def _same_data(config: Config, after: Experiment | None) -> Dataset | None:
     is_same = after and "dataset" not in after.own and after.config.data.dataset == config.data.dataset
     return after.dataset if after and is_same else None
-
-
-def called(part: Any) -> str:
-    """What run.json calls a part that came from Python."""
-    if isinstance(part, Strategy):  # after the function that makes it: `Strategy` says nothing
-        return called(part.aggregate).partition(".<locals>")[0]
-    kind = part if hasattr(part, "__qualname__") else type(part)
-    return f"{kind.__module__}.{kind.__qualname__}"

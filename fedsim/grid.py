@@ -16,10 +16,13 @@ from fedsim.config import RUN_NAME, Config
 from fedsim.config.changes import computed
 from fedsim.errors import ConfigError, DivergedError, RunFolderError
 from fedsim.resolution import resolve
-from fedsim.run_folder import check_name, read_info, read_run
+from fedsim.run_folder import check_name, check_usable, is_live, read_info, read_run
 
 if TYPE_CHECKING:
     from fedsim.targets import Target  # brings pyarrow
+
+_REPLACED = {"model": "model.", "strategy": "strategy.", "dataset": "data.dataset"}
+"""Part from Python -> how the keys begin that it takes the place of."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,22 @@ def members(
         seeds: None for the configuration's own.
         folder: of the sweep, see `folder_of`.
         stop_at: ends a run.
-        own: parts that come from Python: which -> what run.json calls it.
+        own: parts that come from Python: which -> what it is called, see `own`.
 
     Raises:
         ConfigError: a key or value is wrong, or there is nothing to choose from.
         RunFolderError: a folder holds another run.
     """
-    for key, values in grid.items():
-        if isinstance(values, str) or not isinstance(values, Iterable):
-            raise ConfigError(f"the grid has {key} = {values!r}: give a list of values")
-    axes = {key: [_plain(value) for value in values] for key, values in grid.items()}
+    axes = {str(key): _listed(values, f"the grid has {key}") for key, values in grid.items()}
     for key, values in axes.items():
         if key in ("seed", "name"):
             raise ConfigError(f"{key} cannot be in the grid: " + {"seed": "give seeds", "name": "runs are named"}[key])
         if not values:
             raise ConfigError(f"the grid has no values for {key}: give at least one")
-    chosen = [_plain(seed) for seed in seeds] if seeds is not None else [config.seed]
+        for part, replaced in _REPLACED.items():
+            if part in own and key.startswith(replaced) and key != "strategy.weighting":
+                raise ConfigError(f"{key} is nothing to a sweep with a {part} of its own: leave out one of the two")
+    chosen = _listed(seeds, "seeds") if seeds is not None else [config.seed]
     if not chosen:
         raise ConfigError("there are no seeds: give at least one")
     short = _short_names(axes)
@@ -87,18 +90,25 @@ def members(
             name = "_".join([*named, f"seed-{seed}"])
             if name in found:
                 raise ConfigError(f"two runs would be called {name}: give each value once")
+            resolved = resolve(config.override({**changes, "seed": seed}), own_strategy="strategy" in own)
             if not RUN_NAME.fullmatch(name):
                 raise ConfigError(f"a run would be called {name}, which is no name for a run: sweep over fewer keys")
-            resolved = resolve(config.override({**changes, "seed": seed}), own_strategy="strategy" in own)
             for goal in stop_at:
                 goal.check(resolved)
             found[name] = _member(folder / name, resolved, stop_at, own)
     return list(found.values())
 
 
-def _plain(value: Any) -> Any:
-    """A value as Python has it, where numpy gave it."""
-    return value.item() if hasattr(value, "item") else value
+def _listed(values: Any, named: str) -> list[Any]:
+    """Values as Python has them, where numpy gave them.
+
+    Raises:
+        ConfigError: they are not several.
+    """
+    plain = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(plain, str | Mapping) or not isinstance(plain, Iterable):
+        raise ConfigError(f"{named} = {values!r}: give a list of values")
+    return [value.tolist() if hasattr(value, "tolist") else value for value in plain]
 
 
 def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
@@ -115,7 +125,10 @@ def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     """A value in a name: what is not allowed there is left out."""
-    text = f"{value:g}".replace("e+", "e") if isinstance(value, float) else str(value)
+    text = str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        text = (short if float(short) == value else repr(value)).replace("e+", "e")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
@@ -126,6 +139,7 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mappin
         RunFolderError: the folder is no run, or holds another one.
     """
     if not folder.exists():
+        check_usable(folder.parent)
         return Member(folder, config, "new")
     info, there, damage = read_run(folder)
     if damage:
@@ -140,5 +154,10 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mappin
             raise RunFolderError(
                 f"{folder} is there with {key} = {was.get(key)!r}, not {now.get(key)!r}: give this sweep another --name"
             )
-    is_over = info["status"] == "finished" or str(info["error"]).startswith(f"{DivergedError.__name__}:")
-    return Member(folder, config, "finished" if is_over else "stopped")
+    is_over = info["status"] == "finished" or str(info.get("error")).startswith(f"{DivergedError.__name__}:")
+    kept = ("rounds.parquet", "clients.parquet", *(["checkpoint"] if info["status"] == "finished" else []))
+    if is_over and all((folder / part).is_dir() for part in kept):
+        return Member(folder, config, "finished")
+    if is_live(folder):
+        raise RunFolderError(f"{folder} is being written by a running fedsim; wait until that ends")
+    return Member(folder, config, "stopped")

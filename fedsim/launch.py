@@ -50,6 +50,16 @@ def early_ray(config: Config, *, debug: bool = False) -> Iterator[None]:
         yield
 
 
+def check(x: Experiment) -> None:
+    """Lets pass what fits this machine, if the run has it for itself; others are seen when Ray is connected.
+
+    Raises:
+        PlanError: it does not.
+    """
+    if _is_alone(x):
+        _plan(x, _this_machine(x))
+
+
 def preview(x: Experiment) -> Plan:
     """The plan that `connect` would make, without starting a Ray; a cluster is asked for its nodes.
 
@@ -130,6 +140,7 @@ class Warm:
     def __init__(self) -> None:
         self._hosts = contextlib.ExitStack()
         self._plan: Plan | None = None
+        self._asked: object = None
         self._pool: RayPool | None = None
 
     @contextlib.contextmanager
@@ -139,7 +150,7 @@ class Warm:
         if plan is None:
             self.close()
             plan = self._hosts.enter_context(connect(x, debug=debug))
-        self._plan = plan
+        self._plan, self._asked = plan, _asked(x)
         try:
             yield plan
         except DivergedError:  # it ended between two rounds, and the actors are well
@@ -173,8 +184,9 @@ class Warm:
         before = self._plan
         if before is None or x.config.placement.mode == "serial" or before.mode == "serial":
             return None
-        nodes = (_this_machine(x),) if _is_alone(x) else _live_nodes()
-        plan = _plan(x, *nodes)
+        if not _is_alone(x) and _asked(x) == self._asked:  # the plan may have been made by what was free then
+            return before
+        plan = _plan(x, *_nodes(x))
         return plan if _hosts_of(plan) == _hosts_of(before) else None
 
 
@@ -189,7 +201,14 @@ def _assignment(x: Experiment) -> Assignment:
     )
 
 
-def _live_nodes() -> tuple[Node, ...]:
+def _asked(x: Experiment) -> tuple[Any, ...]:
+    """All that a plan depends on, but for what others use of the Ray."""
+    return x.config.placement, _size(x), _nodes(x)
+
+
+def _nodes(x: Experiment) -> tuple[Node, ...]:
+    if _is_alone(x):
+        return (_this_machine(x),)
     from fedsim.actors import connection
 
     return connection.live_nodes()
@@ -228,8 +247,11 @@ def _replan(x: Experiment) -> Plan | None:
 
 
 def _plan(x: Experiment, *nodes: Node) -> Plan:
-    size = Size(x.config.clients.count, x.cohort_size, x.model_bytes, x.spec.engine)
-    return make_plan(x.config.placement, size, nodes)
+    return make_plan(x.config.placement, _size(x), nodes)
+
+
+def _size(x: Experiment) -> Size:
+    return Size(x.config.clients.count, x.cohort_size, x.model_bytes, x.spec.engine)
 
 
 def _store_bytes(x: Experiment) -> int:

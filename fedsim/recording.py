@@ -257,7 +257,11 @@ def _info(recording: Recording, pool: PoolInfo) -> dict[str, Any]:
             "input_shape": x.dataset.input_shape,
             "num_classes": x.dataset.num_classes,
         },
-        "model": {"num_values": x.layout.num_values, "num_bytes": x.model_bytes},
+        "model": {
+            "num_values": x.layout.num_values,
+            "num_bytes": x.model_bytes,
+            "initial_weights_sha256": x.initial_weights.sha256(),
+        },
         "own": x.own,
         "stop_at": [str(target) for target in recording.stop_at],
         "device": pool.device,

@@ -40,11 +40,7 @@ def target(results: Path, name: str | None, default_name: str, overwrite: bool) 
         RunFolderError: the name is not one, or is taken.
     """
     chosen = check_name(name if name is not None else default_name)
-    nearest = next(path for path in (results, *results.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise RunFolderError(f"{results} cannot be used: {nearest} is not a folder; name another with --results")
-    if not os.access(nearest, os.W_OK | os.X_OK):  # before anything is started: the folder is made when actors are up
-        raise RunFolderError(f"{results} cannot be used: {nearest} is read-only; name another with --results")
+    check_usable(results)
     folder = results / chosen
     if overwrite:
         if folder.exists() or folder.is_symlink():
@@ -58,6 +54,19 @@ def target(results: Path, name: str | None, default_name: str, overwrite: bool) 
     elif folder.exists() or folder.is_symlink():
         raise RunFolderError(f"{folder} exists already; choose another --name, or replace it with --overwrite")
     return folder
+
+
+def check_usable(results: Path) -> None:
+    """Lets pass a folder in which runs can be made, be it there or not; before anything is started.
+
+    Raises:
+        RunFolderError: it is not one.
+    """
+    nearest = next(path for path in (results, *results.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise RunFolderError(f"{results} cannot be used: {nearest} is not a folder; name another with --results")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{results} cannot be used: {nearest} is read-only; name another with --results")
 
 
 def check_name(name: str) -> str:
@@ -135,6 +144,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
     wrong = [f"{key} is {info.get(key)!r}" for key, kind in kinds.items() if not isinstance(info.get(key), kind)]
     if not wrong:
         wrong += [f"own has {part} = {name!r}" for part, name in info["own"].items() if not isinstance(name, str)]
+        wrong += [f"stop_at has {text!r}" for text in info.get("stop_at", []) if not isinstance(text, str)]
         data = [(key, info["data"].get(key), kind) for key, kind in _OF_DATA.items()]
         wrong += [f"data has {key} = {value!r}" for key, value, kind in data if not isinstance(value, kind)]
     if wrong:

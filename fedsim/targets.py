@@ -28,6 +28,8 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
+        if hasattr(self.value, "item"):  # numpy's, such as the best of a run's column
+            object.__setattr__(self, "value", self.value.item())
         if self.column not in MEASURES:
             raise InputError(f"{self.column!r} cannot be a target; there are {', '.join(MEASURES)}")
         if not isinstance(self.value, int | float) or isinstance(self.value, bool):
@@ -35,6 +37,7 @@ class Target:
         if not math.isfinite(self.value) or (self.is_accuracy and not 0 < self.value <= 1):
             allowed = "a fraction, above 0 and at most 1" if self.is_accuracy else "a finite number"
             raise InputError(f"{self.column} = {self.value:g} cannot be reached: give {allowed}")
+        object.__setattr__(self, "value", float(self.value))  # 1 and 1.0 are one target, and have one text
 
     @staticmethod
     def parse(text: str) -> Target:

@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_refused_before_any_actor(shared_ray, monkeypatch):
         fedsim.run(config, results=None)
 
 
-def test_a_ray_that_others_use_is_planned_by_what_is_left(shared_ray, monkeypatch):
+def test_a_ray_that_others_use_is_planned_by_what_is_left(shared_ray, monkeypatch, tmp_path):
     monkeypatch.setattr(connection.has_room, "__defaults__", (0.5,))  # seconds
 
     @shared_ray.remote(num_cpus=3.5)
@@ -258,6 +258,10 @@ def test_a_ray_that_others_use_is_planned_by_what_is_left(shared_ray, monkeypatc
     config = TINY.override({"placement.mode": "packed", "placement.actors": 2, "placement.num_cpus": 0.5})
     with pytest.raises(PlanError, match=r"2 actors of 0\.5 CPU each need 1 CPUs, but there are 0\.5"):
         fedsim.run(config, results=None)
+    runs = fedsim.sweep(
+        TINY.override({"placement.mode": "packed"}), seeds=[0, 1], results=tmp_path
+    )  # of the same actors, which take a part of that
+    assert set(runs[0].clients["pid"]) == set(runs[1].clients["pid"])
     shared_ray.kill(other)
     wait_until(lambda: shared_ray.available_resources().get("CPU") == 4)
 

@@ -35,7 +35,7 @@ LAYERS = (
         "fairness",
         "environment",
     ),
-    ("numerics", "weights", "strategies", "server_state", "models", "training"),
+    ("numerics", "weights", "strategies", "own", "server_state", "models", "training"),
     (
         "stacked.parameter",
         "stacked.products",

@@ -292,6 +292,22 @@ def test_a_host_after_one_of_another_seed_need_not_find_out_anew_what_may_be_sta
     assert ClientHost(loop.spec, after=loop)._engine is not loop._engine, "its module may hold more than the weights"
 
 
+def pooled() -> nn.Module:
+    """Its text does not show the divisor, which comes from the seed."""
+    pool = nn.AvgPool2d(2, divisor_override=int(torch.randint(1, 1000, ())))
+    return nn.Sequential(pool, nn.Flatten(), nn.Linear(4, CLASSES))
+
+
+def test_a_host_after_one_of_another_seed_has_all_the_settings_of_its_own_layers():
+    def layers(host: ClientHost) -> object:
+        return host._engine._module[0].divisor_override
+
+    spec = ClientSpec(TRAINING, SEED, pooled, SHAPE, CLASSES, engine="stacked")
+    specs = [replace(spec, seed=seed) for seed in (SEED, SEED + 1)]
+    first = ClientHost(specs[0])
+    assert layers(ClientHost(specs[1], after=first)) == layers(ClientHost(specs[1])) != layers(first)
+
+
 def test_an_update_is_kept_when_the_host_goes_on():
     trainer = host(Normed)
     first = fit(trainer, 2)

@@ -299,7 +299,11 @@ def test_run_json_says_what_was_run_with_what(tmp_path):
     assert (said["device"], said["engine"], said["placement"]["mode"]) == ("cpu", "stacked", "serial")
     assert re.fullmatch("[0-9a-f]{16}", said["numerics_fingerprint"])
     assert said["data"]["sha256"] == datasets.load("synthetic").sha256()
-    assert said["model"] == {"num_values": 7850, "num_bytes": 31400}
+    assert said["model"] == {
+        "num_values": 7850,
+        "num_bytes": 31400,
+        "initial_weights_sha256": finished.rounds["weights_sha256"][0],
+    }
     assert said["git_commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", said["git_commit"])
     assert said["own"] == {}
 
@@ -313,7 +317,7 @@ def test_run_json_names_the_users_own_parts(tmp_path):
     assert own["model"].endswith("small")
     assert own["strategy"] == "fedsim.strategies.fedavg"
     again = info(run(tmp_path, strategy=failing_in(9)).path)["own"]
-    assert again["strategy"] == f"{__name__}.failing_in"
+    assert again["strategy"] == f"{__name__}.failing_in(average=fedsim.strategies.fedavg, round=9)"
 
 
 def test_there_is_one_row_a_sampled_client_a_round(tmp_path):

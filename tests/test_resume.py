@@ -355,14 +355,27 @@ def test_another_model_or_data_set_than_the_runs_own_is_refused(own_run):
 def test_another_strategy_than_the_runs_own_is_refused_where_it_is_fedsims(tmp_path, own_run):
     refused(
         own_run,
-        r"strategy test_resume\.half_step in the run, fedsim\.strategies\.fedavg here",
+        r"strategy test_resume\.half_step\(.*\) in the run, fedsim\.strategies\.fedavg here",
         **OWN | {"strategy": fedavg()},
     )
     folder = stop_after(2, CONFIG, tmp_path / "adam", strategy=fedadam())
     for other in (fedavg(), half_step()):
-        refused(folder, r"strategy fedsim\.strategies\.fedadam in the run, .* here", strategy=other)
+        refused(folder, r"strategy fedsim\.strategies\.fedadam\(.*\) in the run, .* here", strategy=other)
     resumed = fedsim.resume(folder, strategy=fedadam())
     assert_same_results(resumed, fedsim.run(config_of(strategy__name="fedadam"), results=None))
+
+
+def test_nor_is_one_that_was_made_with_other_values_taken_for_it(tmp_path):
+    def step(share):
+        def aggregate(state, weights, updates, num_examples):
+            return (weights + share * updates.double().mean(0)).float(), state
+
+        return Strategy(lambda weights: {}, aggregate)
+
+    folder = stop_after(2, CONFIG, tmp_path / "step", strategy=step(0.5))
+    refused(folder, r"strategy .*step\(share=0\.5\) in the run, .*step\(share=1\.0\) here", strategy=step(1.0))
+    resumed = fedsim.resume(folder, strategy=step(0.5))
+    assert_same_results(resumed, fedsim.run(CONFIG, results=None, strategy=step(0.5)))
 
 
 @pytest.mark.parametrize("called", ["fedsim.strategies.Strategy", "where_it_was_before.half_step"])

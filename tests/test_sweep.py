@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
+import shutil
+
 import numpy as np
 import psutil
 import pytest
@@ -9,11 +14,14 @@ from torch import nn
 
 import fedsim
 from fedsim import cli
-from fedsim.errors import ClientError, ConfigError, RunFolderError
+from fedsim.compatibility import NOTHING
+from fedsim.errors import ClientError, ConfigError, InputError, RunExistsError, RunFolderError
 from fedsim.grid import members
 from fedsim.launch import Warm
 from fedsim.recording import Recording
 from fedsim.results import load_runs
+from fedsim.run_folder import lock
+from fedsim.sweeps import recordings
 from tests.helpers import SERIAL, assert_same_results, content
 
 GRID = {"training.lr": [0.05, 0.1], "strategy.name": ["fedavg", "fedavgm"]}
@@ -137,6 +145,55 @@ def test_runs_of_other_own_parts_are_refused(tmp_path):
             fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, model=other)
 
 
+def hidden(width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def step(share):
+    def aggregate(state, weights, updates, num_examples):
+        return (weights + share * updates.double().mean(0)).float(), state
+
+    return fedsim.Strategy(init=lambda weights: {}, aggregate=aggregate)
+
+
+def other_data(first):
+    labels = (np.arange(200) + first) % 10
+    images = np.random.default_rng(0).integers(0, 256, (200, 1, 28, 28), dtype=np.uint8)
+    return fedsim.Dataset("mine", images, labels, images, labels, num_classes=10)
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+@pytest.mark.parametrize(
+    ("part", "one", "other", "said"),
+    [
+        ("model", functools.partial(hidden, 8), functools.partial(hidden, 16), "own model = "),
+        ("model", lambda: hidden(8), lambda: hidden(16), "other initial weights"),
+        ("strategy", step(0.5), step(1.0), "own strategy = "),
+        ("dataset", other_data(0), other_data(1), "other data"),
+    ],
+)
+def test_own_parts_of_one_name_are_not_taken_for_each_other(tmp_path, part, one, other, said, is_finished):
+    fedsim.sweep(SERIAL, results=tmp_path, **{part: one})
+    if not is_finished:
+        (tmp_path / "mnist-sweep" / "seed-0" / "checkpoint").rename(tmp_path / "gone")
+    before = content(tmp_path)
+    with pytest.raises(RunFolderError, match=said):
+        fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, **{part: other})
+    assert content(tmp_path) == before
+    assert len(fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, **{part: one})) == 2
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("model", "model.name"), ("strategy", "strategy.name"), ("strategy", "strategy.mu"), ("dataset", "data.dataset")],
+)
+def test_what_an_own_part_replaces_cannot_be_swept(tmp_path, part, key):
+    with pytest.raises(ConfigError, match=f"{key} is nothing to a sweep with a {part} of its own"):
+        members(SERIAL, {key: ["a", "b"]}, [0], tmp_path / "x", [], {part: "mine"})
+    grid = {"strategy.weighting": ["uniform", "examples"]}
+    assert len(members(SERIAL, grid, [0], tmp_path / "x", [], {"strategy": "mine"})) == 2
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     runs = found(tmp_path, {"clients.count": np.arange(4, 6)}, np.arange(2))
     assert [(run.config.clients.count, run.config.seed) for run in runs] == [(4, 0), (4, 1), (5, 0), (5, 1)]
@@ -190,6 +247,12 @@ def found(tmp_path, grid, seeds=(0,), config=SERIAL):
         ({"data.partition.alpha": [0.1]}, [0], "alpha"),
         ({"data.dataset": ["x" * 100]}, [0], "x" * 100),
         ({}, [-1], "seed"),
+        ({}, 5, "seeds = 5: give a list"),
+        ({"training.lr": {"a": 1}}, [0], "give a list of values"),
+        ({"training.lr": np.ones((2, 2))}, [0], "training.lr"),
+        ({"training.lr": np.array(0.1)}, [0], "give a list of values"),
+        ({"trainng lr": [0.1]}, [0], "trainng lr"),
+        ({3: [0.1]}, [0], "3"),
     ],
 )
 def test_what_is_no_sweep(tmp_path, grid, seeds, said):
@@ -206,6 +269,8 @@ def test_names_tell_keys_apart(tmp_path):
 
 def test_a_value_is_made_a_name(tmp_path):
     runs = found(tmp_path, {"clients.per_round": ["all", 2, 0.5], "training.weight_decay": [1e-05]})
+    near = found(tmp_path, {"training.lr": [0.1234567, 0.1234568]})
+    assert [member.folder.name for member in near] == ["lr-0.1234567_seed-0", "lr-0.1234568_seed-0"]
     (big,) = found(tmp_path, {"training.lr": [1e30]})
     assert big.folder.name == "lr-1e30_seed-0"
     assert [member.folder.name for member in runs] == [
@@ -225,6 +290,71 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "mnist-sweep" / "seed-0").mkdir(parents=True)
     with pytest.raises(RunFolderError, match="is not a run"):
         fedsim.sweep(SERIAL, results=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "said"),
+    [
+        ({}, {"clients.count": [4, 1_000_000]}, "1000000"),
+        ({"data.partition.name": "shards"}, {"data.partition.shards_per_client": [2, 100_000]}, "shards"),
+        ({"placement.mode": "packed"}, {"placement.num_cpus": [0.1, 100_000]}, "of 100000 CPU each"),
+    ],
+)
+def test_what_only_data_or_machine_refuse_is_refused_before_the_first_run(tmp_path, changes, grid, said):
+    with pytest.raises(InputError, match=said):
+        fedsim.sweep(SERIAL.override(changes), grid, results=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="is not a folder; name another with --results"):
+        found(tmp_path / "file", {})
+
+
+@pytest.mark.parametrize("part", ["rounds.parquet", "clients.parquet", "checkpoint"])
+@pytest.mark.filterwarnings("ignore::fedsim.errors.FedsimWarning")
+def test_a_run_that_lost_its_records_is_made_again(tmp_path, part):
+    before = fedsim.sweep(SERIAL, results=tmp_path)[0].rounds
+    shutil.rmtree(tmp_path / "mnist-sweep" / "seed-0" / part)
+    (again,) = fedsim.sweep(SERIAL, results=tmp_path)
+    assert again.rounds["weights_sha256"].equals(before["weights_sha256"])
+    assert len(again.clients) == 3 * again.rounds["num_sampled"].max()
+    assert again.weights()
+
+
+@pytest.mark.parametrize(("key", "value"), [("stop_at", [1]), ("error", None)])
+def test_an_edited_run_json_is_no_bug(tmp_path, key, value):
+    (run,) = fedsim.sweep(SERIAL, results=tmp_path)
+    info = json.loads((run.path / "run.json").read_text())
+    if value is None:
+        del info[key]
+    info |= {"status": "interrupted"} | ({key: value} if value else {})
+    (run.path / "run.json").write_text(json.dumps(info))
+    if value is None:
+        assert fedsim.sweep(SERIAL, results=tmp_path)[0].status == "finished"
+    else:
+        with pytest.raises(RunFolderError, match="stop_at has 1"):
+            fedsim.sweep(SERIAL, results=tmp_path)
+
+
+def test_a_run_that_another_fedsim_writes_is_waited_for(tmp_path):
+    (run,) = fedsim.sweep(SERIAL, results=tmp_path)
+    (run.path / "checkpoint").rename(tmp_path / "gone")  # so it has to go on
+    with lock(run.path), pytest.raises(RunFolderError, match="is being written by a running fedsim; wait"):
+        fedsim.sweep(SERIAL, results=tmp_path)
+
+
+def test_a_run_that_another_sweep_made_meanwhile_is_not_replaced(tmp_path):
+    both = found(tmp_path, {}, [0, 1])
+    with contextlib.closing(recordings(both, [], NOTHING)) as unfinished:
+        with next(unfinished) as recording:
+            list(recording)
+        other = fedsim.sweep(SERIAL, seeds=[1], results=tmp_path, name="x")
+        before = content(other[0].path)
+        with pytest.raises(RunExistsError, match="has come up meanwhile"), next(unfinished):
+            pass
+    assert content(other[0].path) == before
 
 
 def test_on_the_command_line(tmp_path, capsys):
@@ -264,6 +394,7 @@ def test_runs_lists_it_with_how_far_it_is(tmp_path, capsys):
         (["--seeds", "a"], "write a range such as 0..4"),
         (["--seeds", "0..99999999"], "write a range such as 0..4"),
         (["--seeds", "1,,2"], "write a range such as 0..4"),
+        (["--seeds", "1" * 4400], "write a range such as 0..4"),
         (["--stop-at", "accuracy=1"], "cannot be a target"),
     ],
 )
@@ -289,6 +420,30 @@ def test_the_actors_stay_and_the_bits_are_the_same(tmp_path):
     pids = {pid for run in runs for pid in run.clients["pid"]}
     assert len(pids) == 2
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.ray
+def test_a_stopped_run_goes_on_where_the_sweep_is_now(tmp_path, monkeypatch):
+    """Not where it was stopped: there may be no room any more."""
+    whole = fedsim.sweep(SERIAL, results=tmp_path, name="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(fedsim.results.RunWriter, "write", stop_in_round_1(fedsim.results.RunWriter.write))
+        with pytest.raises(KeyboardInterrupt):
+            fedsim.sweep(SERIAL, results=tmp_path, name="moved")
+    actors = SERIAL.override({"placement.mode": "packed", "placement.actors": 1, "placement.num_cpus": 0.5})
+    (run,) = fedsim.sweep(actors, results=tmp_path, name="moved")
+    assert run.clients["actor"].tolist()[-1] == 0
+    assert run.config.placement.actors == 1
+    assert_same_results(run, whole[0])
+
+
+def stop_in_round_1(write):
+    def stopping(self, record, *rest, **named):
+        write(self, record, *rest, **named)
+        if record.round == 1:
+            raise KeyboardInterrupt
+
+    return stopping
 
 
 @pytest.mark.ray

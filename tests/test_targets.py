@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +50,12 @@ def test_text_has_every_digit():
 def test_a_value_that_is_no_number(value):
     with pytest.raises(InputError, match="give a number"):
         Target("test_accuracy", value)
+
+
+@pytest.mark.parametrize("value", [1, np.float64(1), np.float32(1), np.int64(1), torch.tensor(1.0)])
+def test_any_kind_of_number_is_the_same_target(value):
+    """Its text is what an interrupted run goes on with."""
+    assert str(Target("train_loss", value)) == "train_loss=1.0"
 
 
 def test_what_is_never_measured_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,9 @@ class HostActor:
     It has no constructor: what goes wrong in one looks like a dead actor, in a method like the bug that it is.
     """
 
+    slab: Slab | None = None
+    bell: int | None = None
+
     def load(
         self,
         spec: ClientSpec,
@@ -58,8 +62,9 @@ class HostActor:
     ) -> Loaded:
         """Makes the host, after that of a run before where there is one."""
         set_numerics(spec.threads)
-        self.slab: Slab | None = None
-        self.bell: int | None = None
+        if self.bell is not None:  # of a run before
+            os.close(self.bell)
+        self.slab = self.bell = None
         with contextlib.suppress(OSError, ValueError):
             self.slab = Slab(slab) if slab else None
         with contextlib.suppress(OSError):

@@ -23,7 +23,7 @@ from fedsim.cli.options import (
     value_of,
 )
 from fedsim.cli.terminal import console, count_rounds, fail, record
-from fedsim.errors import ConfigError, DivergedError
+from fedsim.errors import ConfigError, DivergedError, first_line
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -73,15 +73,16 @@ def sweep(
             from fedsim.sweeps import recordings
 
             for recording in stack.enter_context(contextlib.closing(recordings(found, goals, NOTHING, debug=debug))):
-                started, is_diverged = time.perf_counter(), False
+                started = time.perf_counter()
                 try:
                     record(recording, quiet=quiet or not console.is_terminal)
-                except DivergedError:
-                    is_diverged = True
-                diverged += is_diverged
+                except DivergedError as error:
+                    diverged += 1
+                    line = f"{recording.name}: {first_line(error)}"
+                else:
+                    line = _outcome(recording)
                 done += 1
                 if not quiet:
-                    line = _outcome(recording, is_diverged=is_diverged)
                     print(f"{done}/{len(found)} {line} ({time.perf_counter() - started:.1f} s)", flush=True)
     except KeyboardInterrupt:
         fail(f"interrupted: {done} of {len(found)} runs in {folder} are done; the same command goes on", 130)
@@ -95,9 +96,7 @@ def _asks_as(one: Config, other: Config) -> bool:
     return (one.placement, one.clients) == (other.placement, other.clients)
 
 
-def _outcome(recording: Recording, *, is_diverged: bool) -> str:
-    if is_diverged:
-        return f"{recording.name}: training diverged in round {recording.done}"
+def _outcome(recording: Recording) -> str:
     accuracy = recording.last.test_accuracy if recording.last else None
     shown = "" if accuracy is None else f"test accuracy {accuracy:.4f} "
     return f"{recording.name}: {shown}after {count_rounds(recording.done or 0)}"
@@ -118,10 +117,10 @@ def _grid(given: list[str] | None) -> dict[str, list[Any]]:
 def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    if bounds := re.fullmatch(r"\s*(\d+)\s*\.\.\s*(\d+)\s*", text):
+    if bounds := re.fullmatch(r"\s*(\d{1,19})\s*\.\.\s*(\d{1,19})\s*", text):
         first, last = int(bounds[1]), int(bounds[2])
         if first <= last < first + 100_000:
             return list(range(first, last + 1))
-    elif re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", text):
+    elif re.fullmatch(r"\s*\d{1,19}\s*(,\s*\d{1,19}\s*)*", text):
         return [int(part) for part in text.split(",")]
     raise ConfigError(f"--seeds {text}: write a range such as 0..4, or a list such as 0,1,7")

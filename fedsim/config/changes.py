@@ -50,6 +50,12 @@ def computed(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "name" and (key == "rounds" or not _may_change(key))}
 
 
+def elsewhere(was: Config, now: Config) -> dict[str, Any]:
+    """The changes with which a run goes on where and how carefully another configuration says, dotted keys."""
+    had, has = (dict(flat(config.to_dict())) for config in (was, now))
+    return {key: value for key, value in has.items() if key != "rounds" and _may_change(key) and had.get(key) != value}
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values, of a configuration as nested dictionaries."""
     for key, value in values.items():
