@@ -28,7 +28,8 @@ from fedsim.placement import Plan, capacity
 
 _MANY = 32  # actors: so many take a tenth of a core when they have nothing to do
 _LOOK_S = 2.0  # without an answer, until it is looked whether one can come
-_START_S = 60.0  # of an actor, until it is looked whether Ray has room for it
+_START_S = 180.0  # of an actor, until Ray's having no room left means that it has none for it: one that starts has its
+# share already, and importing torch takes a minute and more on a busy machine or from a network's disk
 _DEAD_S = 100.0  # until Ray itself has found out that a node is dead: 14 s where it was killed, 64 where it was cut off
 
 
