@@ -363,6 +363,7 @@ def test_what_the_user_sets_for_ray_stays_and_does_not_get_in_the_way(monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_starting_and_stopping_twenty_actors_thirty_times_leaves_nothing():
     folder = tempfile.mkdtemp(prefix="c-")  # short: Ray has its sockets there, too
     answer = subprocess.run(

@@ -15,7 +15,7 @@ SEED = 20261125
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", reliability.FAULTS)
 def test_a_fault_is_survived(name, tmp_path):
     if name == "node_cut_off" and NO_NAMESPACES:
