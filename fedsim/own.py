@@ -34,7 +34,7 @@ def called(part: Any) -> str:
 def _called(part: Any, depth: int) -> str:
     if isinstance(part, Strategy):  # after the function that makes it: `Strategy` says nothing
         name, bracket, values = _called(part.aggregate, depth).partition("(")
-        return name.partition(".<locals>")[0] + bracket + values
+        return (name.rpartition(".<locals>.")[0] or name) + bracket + values
     named = part.func if isinstance(part, functools.partial) else part
     kind = named if hasattr(named, "__qualname__") else type(named)
     texts = {name: _text(value, depth - 1) for name, value in _made_with(part)}
