@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
+import torch
+
+from fedsim import client
+from fedsim.fingerprint import fingerprint
 
 # Ray's own default for new clusters; said here so that a test process that starts several agrees with itself.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ["MPLBACKEND"] = "agg"  # draws without a screen
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_fingerprint():
+    """Runs in a test's own process take its fingerprint once: it takes longer than most of them."""
+    taken = functools.cache(lambda device, threads: fingerprint(device))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client, "fingerprint", lambda device: taken(device, torch.get_num_threads()))
+        yield
 
 
 @pytest.fixture(scope="module")

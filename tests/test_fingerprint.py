@@ -32,6 +32,7 @@ print(fingerprint(torch.device("cpu")))
 """
 
 
+@pytest.mark.long
 def test_the_fingerprint_is_16_hex_digits_equal_in_all_processes():
     """That is: with the same packages, processor and threads."""
     first = fingerprint(CPU)

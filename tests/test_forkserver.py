@@ -21,7 +21,10 @@ from helpers import is_gone, wait_until
 from fedsim import forkserver
 from fedsim.forkserver import LAUNCHER, ForkServer, worker
 
-pytestmark = pytest.mark.skipif(not forkserver.is_supported(), reason="forking is for Linux")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not forkserver.is_supported(), reason="forking is for Linux"),
+]
 
 SECRET = "a-token-that-nobody-else-may-read"
 

@@ -10,6 +10,8 @@ from torch import nn
 import fedsim
 from fedsim.metrics import CLIENT_SCHEMA, ROUND_SCHEMA
 
+pytestmark = pytest.mark.long
+
 BASE = fedsim.Config().override(
     {
         "data.dataset": "synthetic",

@@ -452,6 +452,7 @@ def all_find_a_place(plan: Plan, nodes: list[Node]) -> bool:
     return True
 
 
+@pytest.mark.long
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(NODES, ASKED, st.integers(1, 60), st.floats(0.01, 1), st.sampled_from([MLP, GB]))
 def test_whatever_is_planned_fits(nodes, asked, clients, fraction, model_bytes):
@@ -530,6 +531,7 @@ def test_what_is_refused_for_its_cpus_does_not_fit(nodes, asked, clients):
     assert is_refused != all_find_a_place(wanted, rich)
 
 
+@pytest.mark.long
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(NODES, ASKED, st.integers(1, 60), st.sampled_from([MLP, GB]))
 def test_where_plain_actors_fit_forked_ones_do(nodes, asked, clients, model_bytes):

@@ -254,6 +254,7 @@ def test_timing_of_many_rounds_has_few_bars(tmp_path):
     assert ax.get_xlabel() == "round (means of 11)"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [[], [round_row(0)], [round_row(0), round_row(1, test_accuracy=None, test_loss=None)]])
 def test_a_run_that_has_just_begun_can_be_drawn(tmp_path, rows):
     folder = make(tmp_path / "a", rows, status="running")

@@ -167,6 +167,7 @@ def test_a_damaged_part_is_not_compared_with(folder, kind, damage):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())

@@ -80,6 +80,7 @@ def commands():
                     yield pytest.param(words[1:], id=" ".join(words))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("words", list(commands()))
 def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
     """Each command is parsed, and its configuration resolved; what it runs has its own tests."""
@@ -111,6 +112,7 @@ def test_commands_are_understood(words, tmp_path, monkeypatch, capsys):
     assert seen or words[0] not in (*starts, "data")
 
 
+@pytest.mark.long
 def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = {"data.dataset": "synthetic", "placement.mode": "serial", "clients.count": 20}

@@ -10,6 +10,8 @@ from faults import actors, costs, drivers
 from faults.outcome import EQUAL, compared, reference_of
 from faults.ray_nodes import NO_NAMESPACES
 
+pytestmark = pytest.mark.long
+
 SEED = 20261125
 
 

@@ -389,6 +389,7 @@ def test_a_mean_is_thin_where_some_seeds_have_ended(tmp_path):
     assert "thin where some of its runs have ended" in page.text["Accuracy and loss"]
 
 
+@pytest.mark.long
 def test_where_the_page_of_several_goes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     a, b, c = make(tmp_path / "one" / "a"), make(tmp_path / "one" / "b"), make(tmp_path / "two" / "c")
@@ -406,6 +407,7 @@ def test_a_run_in_memory_needs_a_file(tmp_path):
     assert page.trace("Test accuracy", "mnist")["x"] == [0, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_more_groups_than_colours_have_names_of_their_own(tmp_path):
     runs = [make(tmp_path / f"r{n:02}", config=SERIAL.override({"training.lr": n / 100})) for n in range(1, 31)]
     page = page_of(*runs)
@@ -418,6 +420,7 @@ def test_more_groups_than_colours_have_names_of_their_own(tmp_path):
 # ---------------------------------------------------------------- size
 
 
+@pytest.mark.long
 def test_a_thousand_rounds_of_a_hundred_clients_stay_small(tmp_path):
     rng = np.random.default_rng(0)
     rounds = [round_row(round, test_accuracy=float(rng.random()), fit_s=float(rng.random())) for round in range(1001)]
@@ -539,6 +542,7 @@ def command(*words):
     return ended.value.code
 
 
+@pytest.mark.long
 def test_the_command_says_where_it_is(tmp_path, capsys):
     make(tmp_path / "a")
     make(tmp_path / "b")

@@ -184,6 +184,7 @@ def test_cells_without_a_published_number_have_no_ratio(tmp_path):
     assert page.outcome(PLAN, CELL, store).verdict == "not run"
 
 
+@pytest.mark.long
 def test_the_page_is_made_from_the_files(tmp_path):
     page.write(PLAN, store_of(tmp_path, CELL, [87.0, 80.0, 94.0]))
     text = (tmp_path / "README.md").read_text()
@@ -202,6 +203,7 @@ def test_the_readme_shows_what_is_published():
     assert "\n".join(lines) in readme, "the README's table should be:\n" + "\n".join(lines)
 
 
+@pytest.mark.long
 def test_the_published_page_is_that_of_the_published_runs(tmp_path):
     for path in reproduce_mcmahan2017.PUBLISHED.glob("*.parquet"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -281,6 +283,7 @@ def test_initialisations_by_hand(make, deviations, bias):
     assert all(bool((layer.bias == bias).all()) for layer in layers)
 
 
+@pytest.mark.long
 @pytest.mark.mnist
 def test_pixels_are_scaled_as_said():
     data, plain = variants.VARIANTS["pixels of mean 0 and deviation 1"]["dataset"](), datasets.load("mnist")
@@ -343,6 +346,7 @@ def test_two_at_a_time_would_overwrite_each_other(tmp_path, capsys):
     assert (tmp_path / "README.md").exists()
 
 
+@pytest.mark.long
 def test_workers_end_with_the_script_however_it_ends():
     code = (
         "import sys, time, os; sys.path.insert(0, 'scripts'); import reproduce_mcmahan2017 as r\n"

@@ -442,6 +442,7 @@ def record_of(round, round_s=0.0):
     return RoundRecord(round=round, started_at=now, weights_sha256=f"{round:064x}", round_s=round_s)
 
 
+@pytest.mark.long
 def test_a_kill_leaves_what_was_whole(tmp_path):
     code = """
 import os, signal, sys

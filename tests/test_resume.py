@@ -553,6 +553,7 @@ def test_a_run_of_a_newer_fedsim_is_refused(stopped):
     refused(stopped, "version 999.*update fedsim")
 
 
+@pytest.mark.long
 def test_a_run_that_is_being_written_is_refused(stopped, whole):
     with lock(stopped):
         before = content(stopped)
@@ -562,6 +563,7 @@ def test_a_run_that_is_being_written_is_refused(stopped, whole):
     assert_same_results(fedsim.resume(stopped), whole)
 
 
+@pytest.mark.long
 def test_while_it_goes_on_nobody_else_can(stopped, monkeypatch):
     write, seen = fedsim.results.RunWriter.write, []
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOOLS = [
     "awk",
@@ -205,6 +207,7 @@ def test_uv_is_used_where_there_is_one(machine: Machine) -> None:
     assert machine.calls()[1]["arguments"][:3] == ["-m", "pip", "install"]
 
 
+@pytest.mark.long
 def test_the_installer_runs_only_when_something_has_changed(machine: Machine) -> None:
     machine.add("python3", "3.13.1")
     machine.run("scripts/quickstart")
@@ -326,6 +329,17 @@ def test_the_checks_run_in_order_and_pytest_comes_last(machine: Machine) -> None
     assert {call["folder"] for call in checks} == {str(machine.root)}
     machine.run("scripts/test", "--all", "-x")
     assert machine.calls()[-1]["arguments"] == ["-m", "pytest", "-m", "", "-x"]
+    machine.run("scripts/test", "-x", "--quick")
+    assert machine.calls()[-1]["arguments"] == ["-m", "pytest", "-m", "not slow and not ray and not long", "-x"]
+
+
+def test_the_quick_part_starts_no_ray_and_nothing_long(machine: Machine) -> None:
+    machine.add("python3", "3.13.1")
+    assert machine.run("scripts/test", "--quick").returncode == 0
+    before, last = (call["arguments"] for call in machine.calls()[-2:])
+    assert before == ["-m", "mypy"]
+    assert last[:4] == ["-m", "pytest", "-n", "auto"]
+    assert last[-2:] == ["-m", "not slow and not ray and not long"]
 
 
 @pytest.mark.parametrize(("asked", "second"), [((), "ray and not slow"), (("--all",), "slow or ray")])

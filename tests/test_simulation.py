@@ -394,6 +394,7 @@ def test_more_rounds_go_on_where_fewer_end():
     assert long.rounds["weights_sha256"].is_unique
 
 
+@pytest.mark.long
 def test_each_strategy_is_deterministic_and_its_own():
     names = ("fedavg", "fedavgm", "fedadam")
     once, again = ([run({"strategy.name": name}).rounds["weights_sha256"][2] for name in names] for _ in range(2))
@@ -412,6 +413,7 @@ def test_the_arguments_of_a_strategy_reach_it():
     assert slow["update_l2_norm"] == pytest.approx(full["update_l2_norm"] / 2, rel=1e-5)
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_every_run_adds_up(data):

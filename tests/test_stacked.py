@@ -250,6 +250,7 @@ def test_layers_of_one_unit_change_no_bit(name, batch_size):
     assert not any(agreed for key, agreed in stack._agreed.items() if key[0] > 1), "whatever a trial says"
 
 
+@pytest.mark.long
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=9),

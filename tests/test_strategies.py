@@ -186,6 +186,7 @@ def test_the_weighted_mean_by_hand():
 singles = st.floats(-1e6, 1e6, width=32)
 
 
+@pytest.mark.long
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(st.lists(st.tuples(singles, st.integers(1, 60_000)), min_size=1, max_size=100))
 def test_the_weighted_mean_is_exact_to_float64(clients):

@@ -31,6 +31,7 @@ def names(runs):
     return [run.name for run in runs]
 
 
+@pytest.mark.long
 def test_every_combination_with_every_seed(tmp_path):
     runs = fedsim.sweep(SERIAL, GRID, [0, 7], results=tmp_path)
     assert names(runs) == [
@@ -57,6 +58,7 @@ def test_again_runs_nothing_and_more_runs_only_what_is_new(tmp_path):
     assert before.items() <= content(tmp_path).items()
 
 
+@pytest.mark.long
 def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
     whole = fedsim.sweep(SERIAL, {"training.lr": [0.1, 0.2]}, [0, 1], results=tmp_path, name="whole")
     write, rounds = fedsim.results.RunWriter.write, []
