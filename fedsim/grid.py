@@ -32,7 +32,7 @@ class Member:
     folder: Path
     config: Config
     """Whole and resolved."""
-    state: Literal["new", "stopped", "finished"]
+    state: Literal["new", "stopped", "diverged", "finished"]
 
 
 def folder_of(results: Path, name: str | None, config: Config) -> Path:
@@ -154,10 +154,11 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mappin
             raise RunFolderError(
                 f"{folder} is there with {key} = {was.get(key)!r}, not {now.get(key)!r}: give this sweep another --name"
             )
-    is_over = info["status"] == "finished" or str(info.get("error")).startswith(f"{DivergedError.__name__}:")
-    kept = ("rounds.parquet", "clients.parquet", *(["checkpoint"] if info["status"] == "finished" else []))
-    if is_over and all((folder / part).is_dir() for part in kept):
+    has_records = all((folder / f"{kind}.parquet").is_dir() for kind in ("rounds", "clients"))
+    if info["status"] == "finished" and has_records and (folder / "checkpoint").is_dir():
         return Member(folder, config, "finished")
+    if str(info.get("error")).startswith(f"{DivergedError.__name__}:") and has_records:
+        return Member(folder, config, "diverged")
     if is_live(folder):
         raise RunFolderError(f"{folder} is being written by a running fedsim; wait until that ends")
     return Member(folder, config, "stopped")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import re
 from collections.abc import Iterator
 from types import FunctionType, MethodType
 from typing import Any
@@ -17,6 +18,8 @@ _DEPTH = 3
 """Of parts that were made with parts."""
 _MAX_CHARACTERS = 200
 """Of the values in a name; more become a hash."""
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,23}|")
+"""Strings that are written as they are; others, such as paths and access keys, are nobody's business: a hash."""
 
 
 def called(part: Any) -> str:
@@ -40,7 +43,7 @@ def _called(part: Any, depth: int) -> str:
     texts = {name: _text(value, depth - 1) for name, value in _made_with(part)}
     values = ", ".join(f"{name}={text}" for name, text in texts.items() if text)
     if len(values) > _MAX_CHARACTERS:
-        values = hashlib.sha256(values.encode()).hexdigest()[:12]
+        values = _hash(values)
     return f"{kind.__module__}.{kind.__qualname__}" + (f"({values})" if values else "")
 
 
@@ -72,6 +75,8 @@ def _text(value: Any, depth: int) -> str:
     """A value as text that is the same in every process; "" for one that has none: a tensor, or a list, often a log."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, str) and not _WORD.fullmatch(value):
+        return _hash(value)
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if depth <= 0:
@@ -79,3 +84,7 @@ def _text(value: Any, depth: int) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(_text(item, depth - 1) for item in value)})"
     return _called(value, depth) if callable(value) or isinstance(value, Strategy) else ""
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]

@@ -45,6 +45,7 @@ def sweep(
     model: Callable[..., nn.Module] | None = None,
     strategy: Strategy | None = None,
     dataset: Dataset | None = None,
+    anyway: bool = False,
 ) -> Runs:
     """Runs an experiment with every combination of some values and every seed; goes on with a sweep that is there.
 
@@ -61,6 +62,7 @@ def sweep(
         model: see `run`.
         strategy: see `run`.
         dataset: see `run`.
+        anyway: goes on with stopped runs although package versions or arithmetic are not those of the run.
 
     Returns:
         The runs, in the order of the grid; those that failed as their training diverged too.
@@ -75,7 +77,7 @@ def sweep(
     goals, own = targets(stop_at or {}), Own(model, strategy, dataset)
     found = members(config, grid or {}, seeds, folder_of(Path(results), name, config), goals, own.names)
     _check_own(found, own)
-    with contextlib.closing(recordings(found, goals, own)) as unfinished:
+    with contextlib.closing(recordings(found, goals, own, anyway=anyway)) as unfinished:
         for recording in unfinished:
             with contextlib.suppress(DivergedError), recording:
                 for _ in recording:
@@ -84,7 +86,7 @@ def sweep(
 
 
 def recordings(
-    found: Sequence[Member], stop_at: Sequence[Target], own: Own, *, debug: bool = False
+    found: Sequence[Member], stop_at: Sequence[Target], own: Own, *, anyway: bool = False, debug: bool = False
 ) -> Generator[Recording]:
     """The recordings of the runs that are not finished, each to be gone through before the next is asked for.
 
@@ -104,7 +106,7 @@ def recordings(
                 yield Recording(x, home, stop_at=stop_at, debug=debug, launch=warm)
             elif member.state == "stopped":
                 with stopped(member.folder, _changes(member)) as there:
-                    resumption = plan_resume(there, own)
+                    resumption = plan_resume(there, own, anyway=anyway)
                     if resumption is not None:
                         goals = resumption.stop_at
                         yield Recording(resumption.experiment, resumption, stop_at=goals, debug=debug, launch=warm)

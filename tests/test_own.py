@@ -71,6 +71,14 @@ def test_many_values_become_a_hash():
     assert all(len(name) < 60 for name in names)
 
 
+@pytest.mark.parametrize("secret", ["/home/me/data.npz", "ghp_16C7e42F292c6912E7710c838347Ae178B4a", "a b", "\udc80"])
+def test_paths_and_keys_are_not_written_down(secret):
+    name, other = called(strategy(0.5, secret)), called(strategy(0.5, f"{secret}2"))
+    assert secret not in name
+    assert name != other
+    assert called(strategy(0.5, (secret,))) != called(strategy(0.5, (f"{secret}2",)))
+
+
 def test_what_holds_itself_has_a_name():
     def aggregate(state, weights, updates, num_examples):
         return aggregate, held

@@ -80,6 +80,31 @@ def test_what_was_interrupted_goes_on(tmp_path, monkeypatch):
         assert_same_results(one, other)
 
 
+def test_on_other_packages_it_goes_on_only_when_asked_to(tmp_path, monkeypatch, capsys):
+    def stopping(self, record, *rest, **named):
+        write(self, record, *rest, **named)
+        if record.round == 1:
+            raise KeyboardInterrupt
+
+    write = fedsim.results.RunWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(fedsim.results.RunWriter, "write", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            fedsim.sweep(SERIAL, results=tmp_path, name="s")
+    path = tmp_path / "s" / "seed-0" / "run.json"
+    info = json.loads(path.read_text())
+    info["versions"]["torch"] = "1.0"
+    path.write_text(json.dumps(info))
+    with pytest.raises(InputError, match=r"torch 1\.0 in the run"):
+        fedsim.sweep(SERIAL, results=tmp_path, name="s")
+    (tmp_path / "small.toml").write_text(SERIAL.to_toml())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sweep", str(tmp_path / "small.toml"), "--results", str(tmp_path), "--name", "s", "--anyway"])
+    assert ended.value.code == 0, capsys.readouterr().err
+    (run,) = fedsim.sweep(SERIAL, results=tmp_path, name="s")
+    assert_same_results(run, fedsim.run(SERIAL, results=None))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -123,6 +148,17 @@ def test_a_rate_that_diverges_is_an_answer(tmp_path):
     before = content(tmp_path)
     fedsim.sweep(config, grid, results=tmp_path)
     assert content(tmp_path) == before
+
+
+def test_which_diverged_is_said_again(tmp_path, capsys):
+    (tmp_path / "fast.toml").write_text(SERIAL.override({"model.name": "mlp", "training.momentum": 0.9}).to_toml())
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(
+                ["sweep", str(tmp_path / "fast.toml"), "--grid", "training.lr=1e30,0.05", "--results", str(tmp_path)]
+            )
+        assert ended.value.code == 0
+        assert "2 runs, of which 1 diverged" in capsys.readouterr().out.splitlines()[-2]
 
 
 def test_so_is_a_server_that_does(tmp_path):

@@ -12,6 +12,7 @@ import typer
 
 from fedsim.cli.options import (
     AddressOption,
+    AnywayOption,
     DebugOption,
     ExperimentArgument,
     QuietOption,
@@ -48,6 +49,7 @@ def sweep(
     results: ResultsOption = Path("results"),
     address: AddressOption = None,
     stop_at: StopAtOption = None,
+    anyway: AnywayOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -60,11 +62,11 @@ def sweep(
 
     folder = folder_of(results, name, config)
     found = members(config, values, chosen, folder, goals, own={})
-    to_run = [member.config for member in found if member.state != "finished"]
+    to_run = [member.config for member in found if member.state in ("new", "stopped")]
     done = len(found) - len(to_run)
     if not quiet:
         console.print(f"{folder}: {len(found)} runs" + (f", of which {done} are finished" if done else ""))
-    diverged = 0
+    diverged = sum(member.state == "diverged" for member in found)
     try:
         with contextlib.ExitStack() as stack:
             if to_run and all(_asks_as(to_run[0], config) for config in to_run):  # one Ray serves them all
@@ -72,7 +74,9 @@ def sweep(
             from fedsim.compatibility import NOTHING
             from fedsim.sweeps import recordings
 
-            for recording in stack.enter_context(contextlib.closing(recordings(found, goals, NOTHING, debug=debug))):
+            for recording in stack.enter_context(
+                contextlib.closing(recordings(found, goals, NOTHING, anyway=anyway, debug=debug))
+            ):
                 started = time.perf_counter()
                 try:
                     record(recording, quiet=quiet or not console.is_terminal)
