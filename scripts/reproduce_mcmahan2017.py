@@ -102,7 +102,9 @@ def _said(finished: Finished | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the arguments, runs, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", default="*", metavar="PATTERN", help="of these names, as a shell matches files")
+    parser.add_argument(
+        "--cells", nargs="+", default=["*"], metavar="PATTERN", help="of these names, as a shell matches files"
+    )
     parser.add_argument("--hours", type=float, default=float("inf"), help="ends after so long")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; a core each")
     parser.add_argument("--variants", action="store_true", help="what explains a difference, instead of the cells")
@@ -111,9 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="for unfinished runs")
     args = parser.parse_args(arguments)
     the_plan = plan.read()
-    cells = [cell for cell in the_plan.cells if fnmatch.fnmatch(cell.name, args.cells)]
-    if not cells:
-        parser.error(f"no cell {args.cells!r}; there are {', '.join(cell.name for cell in the_plan.cells)}")
+    names = [cell.name for cell in the_plan.cells]
+    for pattern in args.cells:
+        if not fnmatch.filter(names, pattern):
+            parser.error(f"no cell {pattern!r}; there are {', '.join(names)}")
+    cells = [cell for cell in the_plan.cells if any(fnmatch.fnmatch(cell.name, each) for each in args.cells)]
     if not args.report:
         with _alone(args.output) as is_alone:
             if not is_alone:

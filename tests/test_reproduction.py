@@ -329,9 +329,20 @@ def test_interrupted_variants_go_on(tmp_path, monkeypatch):
 
 def test_unknown_cells_are_refused(capsys):
     with pytest.raises(SystemExit) as ended:
-        reproduce_mcmahan2017.main(["--cells", "table3-*"])
+        reproduce_mcmahan2017.main(["--cells", "table2-*", "table3-*"])
     assert ended.value.code == 2
     assert "no cell 'table3-*'; there are table" in capsys.readouterr().err
+
+
+def test_several_patterns_are_taken_in_the_order_of_cost(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        reproduce_mcmahan2017, "reproduce", lambda plan, cells, *rest: taken.extend(cell.name for cell in cells)
+    )
+    named = ["table1-2nn-iid-E1-B10-C1.0", "table1-2nn-iid-E1-B10-C0.*"]
+    reproduce_mcmahan2017.main(["--cells", *named, "--output", str(tmp_path)])
+    assert taken == [cell.name for cell in PLAN.cells if cell.name.startswith("table1-2nn-iid-E1-B10-")]
+    assert len(taken) == 5
 
 
 def test_two_at_a_time_would_overwrite_each_other(tmp_path, capsys):
