@@ -266,7 +266,7 @@ BAD_INPUT = {
     "no equals sign": (sets("rounds"), ["--set rounds", "key=value"]),
     "no key": (sets("=3"), ["--set =3", "key=value"]),
     "unknown preset": (["mnits"], ["'mnits'", *PRESETS, "did you mean mnist?"]),
-    "no such file": (["nothing.toml"], ["nothing.toml", "No such file"]),
+    "no such file": (["nothing.toml"], ["nothing.toml: No such file", "`fedsim presets` lists"]),
     "folder": (["folder"], ["'folder'", "no preset"]),
     "not toml": (["broken.toml"], ["broken.toml", "not valid TOML", "line 2"]),
     "unknown key in a file": (["wrong.toml"], ["wrong.toml", "clients.number"]),

@@ -222,7 +222,9 @@ class Config(_Section):
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            advice = "; `fedsim presets` lists what needs no file" if isinstance(error, FileNotFoundError) else ""
+            raise ConfigError(f"cannot read the configuration {path}: {reason}{advice}") from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is not valid TOML: {error}") from None
         try:
