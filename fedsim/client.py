@@ -128,7 +128,7 @@ class ClientHost:
         arithmetic = self.device, self.spec.threads
         if arithmetic not in self._fingerprints:
             self._fingerprints[arithmetic] = fingerprint(self.device)
-        return HostInfo(os.getpid(), platform.node(), str(self.device), self._fingerprints[arithmetic])
+        return HostInfo(os.getpid(), platform.node(), _called(self.device), self._fingerprints[arithmetic])
 
     def fit(
         self, global_weights: Weights, tasks: Sequence[FitTask], out: Sequence[np.ndarray] | None = None
@@ -252,6 +252,11 @@ class ClientHost:
         return training.Examples(
             weights.read_only_tensor(images).to(self.device), weights.read_only_tensor(labels).to(self.device)
         )
+
+
+def _called(device: torch.device) -> str:
+    """A device with the model of its GPU, on which the bits depend."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _structure(module: nn.Module) -> list[tuple[str, type[nn.Module], str]]:

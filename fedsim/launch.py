@@ -110,7 +110,8 @@ def open_pool(x: Experiment, plan: Plan) -> Iterator[Pool]:
     if plan.mode == "serial":
         from fedsim.actors.serial import SerialPool
 
-        pool = SerialPool(replace(x.spec, stack_size=plan.stack_size), x.dataset, x.partition)
+        spec = replace(x.spec, stack_size=plan.stack_size)
+        pool = SerialPool(spec, x.dataset, x.partition, "cuda" if plan.num_gpus else "cpu")
     else:
         from fedsim.actors.ray_pool import RayPool
 

@@ -96,7 +96,7 @@ def plan_replay(
         last = min(last + 1, run.config.rounds)
     if not 1 <= round <= last:
         raise InputError(f"round {round} cannot be replayed: {run.path} has {_named(range(1, last + 1))}")
-    rerun = _plan(run, recorded, _placed(run, {"mode": "serial"}), round, round - 1, client, own, anyway)
+    rerun = _plan(run, recorded, _placed(run, _in_this_process(run)), round, round - 1, client, own, anyway)
     cohort = rerun.experiment.sample(round)
     if client not in cohort:
         some = ", ".join(map(str, cohort[:20])) + (f", ... ({len(cohort)} clients)" if len(cohort) > 20 else "")
@@ -145,10 +145,18 @@ def _chosen(rounds: int | str | None, recorded: Recorded, run: Run) -> tuple[int
 
 def _other_placement(run: Run) -> Mapping[str, Any]:
     """A placement that the run did not have."""
-    if str(run.info.get("device")).startswith("cuda"):  # there the promise is for the same plan only
+    if _is_on_gpu(run):  # there the promise is for the same plan only
         return run.config.placement.model_dump()
     is_serial = (run.info.get("placement") or {}).get("mode") == "serial"
     return {"mode": "packed", "actors": 2} if is_serial else {"mode": "serial"}
+
+
+def _in_this_process(run: Run) -> Mapping[str, Any]:
+    return {"mode": "serial", "num_gpus": 1 if _is_on_gpu(run) else "auto"}
+
+
+def _is_on_gpu(run: Run) -> bool:
+    return str(run.info.get("device")).startswith("cuda")
 
 
 def _placed(run: Run, placement: Mapping[str, Any]) -> Config:

@@ -3,6 +3,7 @@
     python scripts/reproduce_mcmahan2017.py                          # goes on until all is done: days on two cores
     python scripts/reproduce_mcmahan2017.py --hours 2                # for so long; a later call goes on from there
     python scripts/reproduce_mcmahan2017.py --cells 'table1-2nn-*'   # these
+    python scripts/reproduce_mcmahan2017.py --cells 'table?-cnn-*' --gpu --jobs 8   # on a GPU
     python scripts/reproduce_mcmahan2017.py --variants               # some cells, with one thing changed at a time
     python scripts/reproduce_mcmahan2017.py --report                 # runs nothing; the tables and plots anew
 
@@ -28,6 +29,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from multiprocessing import get_context
 from pathlib import Path
 
+from torch.cuda import device_count as gpus
+
 from mcmahan2017 import page, plan, variants
 from mcmahan2017.search import Task, next_tasks
 from mcmahan2017.store import Store
@@ -39,7 +42,14 @@ RUNS = ROOT / "results" / "mcmahan2017"
 
 
 def reproduce(
-    the_plan: plan.Plan, cells: Sequence[plan.Cell], store: Store, runs: Path, until: float, jobs: int
+    the_plan: plan.Plan,
+    cells: Sequence[plan.Cell],
+    store: Store,
+    runs: Path,
+    until: float,
+    jobs: int,
+    *,
+    on_gpu: bool = False,
 ) -> None:
     """Makes the runs of some cells, as many at a time as there are jobs.
 
@@ -50,6 +60,7 @@ def reproduce(
         runs: the folder of unfinished runs.
         until: `time.time()` at which it ends.
         jobs: processes, one a run.
+        on_gpu: they compute there.
     """
     going: dict[Future[Finished | None], Task] = {}
     with _pool(jobs) as pool:
@@ -57,7 +68,7 @@ def reproduce(
             free = jobs - len(going)
             for task in _tasks(the_plan, cells, store, {task.key for task in going.values()})[:free]:
                 if time.time() < until:
-                    going[pool.submit(work, task, runs, until)] = task
+                    going[pool.submit(work, task, runs, until, on_gpu=on_gpu)] = task
             if not going:
                 return
             for future in wait(going, return_when=FIRST_COMPLETED).done:
@@ -107,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--hours", type=float, default=float("inf"), help="ends after so long")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; a core each")
+    parser.add_argument("--gpu", action="store_true", help="computes on the GPU, which the jobs share")
     parser.add_argument("--variants", action="store_true", help="what explains a difference, instead of the cells")
     parser.add_argument("--report", action="store_true", help="only writes the page anew")
     parser.add_argument("--output", type=Path, default=PUBLISHED, metavar="DIR")
@@ -117,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for pattern in args.cells:
         if not fnmatch.filter(names, pattern):
             parser.error(f"no cell {pattern!r}; there are {', '.join(names)}")
+    if args.gpu and not gpus():
+        parser.error("--gpu: torch finds no GPU here")
     cells = [cell for cell in the_plan.cells if any(fnmatch.fnmatch(cell.name, each) for each in args.cells)]
     if not args.report:
         with _alone(args.output) as is_alone:
@@ -129,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     variants.measure(the_plan, args.output, pool)
             else:
                 until = min(time.time() + 3600 * args.hours, 1e12)
-                reproduce(the_plan, cells, Store(args.output), args.runs, until, args.jobs)
+                reproduce(the_plan, cells, Store(args.output), args.runs, until, args.jobs, on_gpu=args.gpu)
     page.write(the_plan, Store(args.output))
     print(args.output / "README.md")
 

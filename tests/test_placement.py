@@ -325,6 +325,17 @@ def test_whole_gpus():
     refused(machine(8, 1), machine(8, 1), mode="packed", actors=1, num_gpus=2)
 
 
+def test_a_serial_run_computes_on_one_gpu_where_it_is_asked_to():
+    assert planned(machine(8, 2), mode="serial").num_gpus == 0.0
+    assert "1 GPU found" in planned(machine(8, 1), mode="serial").reasons[1]
+    assert [planned(machine(8, 2), mode="serial", num_gpus=share).num_gpus for share in (0, 0.5, 1)] == [0, 0.5, 1]
+    for gpus in (0, 0.5):
+        message = refused(machine(8, gpus), mode="serial", num_gpus=1)
+        assert message == "placement.num_gpus = 1, but torch finds no GPU here; set 0"
+    message = refused(machine(8, 2), mode="serial", num_gpus=2)
+    assert message == "placement.num_gpus = 2, but serial mode computes on one GPU; set 1"
+
+
 def test_gpus_that_are_not_there():
     message = refused(machine(4), mode="packed", actors=2, num_gpus=0.5)
     assert message == "2 actors of 0.5 GPU each do not fit 0 GPUs; set placement.num_gpus=0"

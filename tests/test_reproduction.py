@@ -336,13 +336,30 @@ def test_unknown_cells_are_refused(capsys):
 
 def test_several_patterns_are_taken_in_the_order_of_cost(tmp_path, monkeypatch):
     taken = []
-    monkeypatch.setattr(
-        reproduce_mcmahan2017, "reproduce", lambda plan, cells, *rest: taken.extend(cell.name for cell in cells)
-    )
+
+    def reproduce(plan, cells, *rest, on_gpu):
+        assert not on_gpu
+        taken.extend(cell.name for cell in cells)
+
+    monkeypatch.setattr(reproduce_mcmahan2017, "reproduce", reproduce)
     named = ["table1-2nn-iid-E1-B10-C1.0", "table1-2nn-iid-E1-B10-C0.*"]
     reproduce_mcmahan2017.main(["--cells", *named, "--output", str(tmp_path)])
     assert taken == [cell.name for cell in PLAN.cells if cell.name.startswith("table1-2nn-iid-E1-B10-")]
     assert len(taken) == 5
+
+
+def test_a_gpu_that_is_not_there_is_said_before_anything_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce_mcmahan2017, "gpus", lambda: 0)
+    with pytest.raises(SystemExit) as ended:
+        reproduce_mcmahan2017.main(["--gpu", "--output", str(tmp_path / "new")])
+    assert ended.value.code == 2
+    assert "--gpu: torch finds no GPU here" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(reproduce_mcmahan2017, "gpus", lambda: 1)
+    monkeypatch.setattr(reproduce_mcmahan2017, "reproduce", lambda *rest, on_gpu: taken.append(on_gpu))
+    taken = []
+    reproduce_mcmahan2017.main(["--gpu", "--output", str(tmp_path)])
+    assert taken == [True]
 
 
 def test_two_at_a_time_would_overwrite_each_other(tmp_path, capsys):

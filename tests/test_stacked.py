@@ -15,10 +15,11 @@ from fedsim.config import Config
 from fedsim.errors import ConfigError
 from fedsim.experiment import prepare
 from fedsim.numerics import numerics
-from fedsim.stacked import Stacked, engine, obstacle
+from fedsim.stacked import Stacked, engine, layers, obstacle
 from fedsim.stacked.engine import Piece, pieces
 from fedsim.stacked.layers import LAYERS
 from fedsim.stacked.lookahead import worthwhile_block
+from fedsim.stacked.patches import PatchedConv2d
 from fedsim.training import Examples, Loop, Sgd, Trained, Work
 from fedsim.weights import Layout, Weights
 
@@ -117,6 +118,24 @@ def test_it_trains_as_autograd_does(kind, sgd):
         assert a.train_loss == pytest.approx(b.train_loss, rel=1e-9)
         torch.testing.assert_close(a.weights.flat, b.weights.flat, rtol=1e-9, atol=1e-11)
         assert (a.weights.flat - start(module).flat).abs().max() > 1e-4, "it has learnt"
+
+
+@pytest.mark.parametrize("sgd", [PLAIN, HEAVY], ids=["plain", "momentum and decay"])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten], ids=lambda kind: kind.__name__)
+def test_convolutions_of_patches_train_as_autograd_does(monkeypatch, kind, sgd):
+    """What a GPU takes for stacks, here on the CPU."""
+    made_of_patches = []
+
+    def patched(module, parameters):
+        usual = layers.convolution(module, parameters)
+        if module.groups > 1:
+            return usual
+        made_of_patches.append(PatchedConv2d(module, parameters, layers._padding(module)))
+        return made_of_patches[-1]
+
+    monkeypatch.setitem(LAYERS, nn.Conv2d, patched)
+    test_it_trains_as_autograd_does(kind, sgd)
+    assert len(made_of_patches) >= 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 0])

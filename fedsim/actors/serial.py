@@ -14,13 +14,20 @@ from fedsim.weights import Weights
 
 
 class SerialPool:
-    """A `Pool` of this process alone. After each call torch's settings are the caller's again."""
+    """A `Pool` of this process alone. After each call torch's settings are the caller's again.
 
-    def __init__(self, spec: ClientSpec, dataset: Dataset, partition: Partition) -> None:
+    Args:
+        spec: what the clients do.
+        dataset: all examples.
+        partition: who has which.
+        device: where they are trained; "cpu" or "cuda".
+    """
+
+    def __init__(self, spec: ClientSpec, dataset: Dataset, partition: Partition, device: str = "cpu") -> None:
         self._threads = spec.threads
         self._chunks = evaluation_chunks(dataset)
         with numerics(self._threads):
-            self._host = ClientHost(spec)
+            self._host = ClientHost(spec, device)
             info = self._host.load(dataset, partition)
         self.info = PoolInfo(info.device, info.fingerprint)
 

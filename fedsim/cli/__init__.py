@@ -246,7 +246,8 @@ def _engine(x: Experiment, made: Plan) -> str:
 
 
 def _plan_rows(made: Plan, engine: str) -> dict[str, str]:
-    rows = {"engine": engine, "placement": made.mode}
+    on_gpu = " on a GPU" if made.num_gpus and not made.num_actors else ""
+    rows = {"engine": engine, "placement": made.mode + on_gpu}
     if made.num_actors:
         share = f"{made.num_cpus:g} CPU" + (f" and {made.num_gpus:g} GPU" if made.num_gpus else "")
         started = "forked" if made.start == "fork" else "plain"

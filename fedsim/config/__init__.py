@@ -118,7 +118,7 @@ class PlacementConfig(_Section):
     actors: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="packed: how many actors host the clients")
     num_cpus: Auto | Fraction = Field("auto", description="CPUs each actor is pinned to; a fraction is allowed")
     num_gpus: Auto | Annotated[float, Field(ge=0)] = Field(
-        "auto", description="GPUs each actor is pinned to, 1 or a fraction; auto = 0"
+        "auto", description="GPUs each actor is pinned to, 1 or a fraction; serial: those of this process; auto = 0"
     )
     stack_size: Auto | Annotated[int, Field(ge=1)] = Field(
         "auto", description="packed, serial: at most so many clients of an actor train in one computation"

@@ -12,7 +12,7 @@ from fedsim.errors import PlanError
 from fedsim.placement.costs import BASE_FILES, BASE_THREADS, COSTS, PLAIN, Cost
 from fedsim.placement.limits import allowed, held_by_memory
 from fedsim.placement.machine import Node
-from fedsim.placement.shares import cpu_share, fitting, gpu_share
+from fedsim.placement.shares import cpu_share, fitting, gpu_share, serial_gpu
 from fedsim.placement.system import UNLIMITED
 
 GPU_ACTOR_BYTES = 600_000_000
@@ -52,7 +52,7 @@ class Plan:
     num_cpus: float = 0.0
     """CPUs each actor is pinned to."""
     num_gpus: float = 0.0
-    """GPUs each actor is pinned to."""
+    """GPUs each actor is pinned to; in serial mode of this process."""
     threads: int
     """Torch threads of each actor."""
     start: str = ""
@@ -127,9 +127,12 @@ def _serial_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]
             f"the {size.cohort_size:,} updates of a round are {_gb(_round_bytes(size))}, "
             f"but {_gb(_free_bytes(nodes))} are free; set a smaller clients.per_round"
         )
-    stack = _stack_size(placement, size, size.cohort_size, 0.0, 0, reasons)
+    num_gpus = serial_gpu(placement, nodes, reasons)
+    stack = _stack_size(placement, size, size.cohort_size, num_gpus, _gpu_bytes(nodes), reasons)
+    _check_gpu_memory(num_gpus, stack, size, nodes)
     return Plan(
         mode="serial",
+        num_gpus=num_gpus,
         threads=placement.threads,
         stack_size=stack,
         memory_bytes=_round_bytes(size),

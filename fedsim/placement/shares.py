@@ -36,6 +36,21 @@ def gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...], 
     return placement.num_gpus
 
 
+def serial_gpu(placement: PlacementConfig, nodes: tuple[Node, ...], reasons: list[str]) -> float:
+    """GPUs of a run in this process: none unless asked for.
+
+    Raises:
+        PlanError: there is none, or it would need several.
+    """
+    if placement.num_gpus == "auto":
+        return gpu_share(placement, 1, nodes, reasons)
+    if placement.num_gpus > 1:
+        raise PlanError(f"placement.num_gpus = {placement.num_gpus:g}, but serial mode computes on one GPU; set 1")
+    if placement.num_gpus and not any(node.num_gpus >= 1 for node in nodes):
+        raise PlanError(f"placement.num_gpus = {placement.num_gpus:g}, but torch finds no GPU here; set 0")
+    return placement.num_gpus
+
+
 def cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: tuple[Node, ...], cost: Cost) -> float:
     """CPUs of each actor: what is asked for, or the largest share, up to one core, of which enough fit, node by node.
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fedsim.stacked.activations import GELU, Identity, ReLU, Sigmoid, Tanh
 from fedsim.stacked.parameter import Parameter
+from fedsim.stacked.patches import PatchedConv2d
 from fedsim.stacked.products import product
 
 # The derivatives that autograd itself calls.
@@ -88,8 +89,6 @@ class Conv2d:
     is_trained = True
 
     def __init__(self, module: nn.Conv2d, parameters: dict[str, Parameter]) -> None:
-        if module.padding_mode != "zeros":
-            raise NotImplementedError(f"Conv2d with padding_mode={module.padding_mode!r}")
         self.weight, self.bias = parameters["weight"], parameters.get("bias")
         self._options = module.stride, _padding(module), module.dilation
         self._groups = module.groups
@@ -178,6 +177,16 @@ class Flatten:
         return g.view(*g.shape[:2], *self._shape)
 
 
+def convolution(module: nn.Conv2d, parameters: dict[str, Parameter]) -> Layer:
+    """The convolutions of a stack: one a client, or on a GPU all in one product."""
+    if module.padding_mode != "zeros":
+        raise NotImplementedError(f"Conv2d with padding_mode={module.padding_mode!r}")
+    weight = parameters["weight"].value
+    if weight.is_cuda and len(weight) > 1 and module.groups == 1:
+        return PatchedConv2d(module, parameters, _padding(module))
+    return Conv2d(module, parameters)
+
+
 def channels_innermost(images: Tensor) -> Tensor:
     """The same images [K, B, C, H, W] with the channels innermost in memory; not copied where they are already."""
     return _by_client(images.flatten(0, 1).to(memory_format=torch.channels_last), images)
@@ -209,7 +218,7 @@ def _padding(module: nn.Conv2d) -> tuple[int, int]:
 
 LAYERS: dict[type[nn.Module], Callable[[Any, dict[str, Parameter]], Layer]] = {
     nn.Linear: Linear,
-    nn.Conv2d: Conv2d,
+    nn.Conv2d: convolution,
     nn.MaxPool2d: MaxPool2d,
     nn.AvgPool2d: AvgPool2d,
     nn.Flatten: Flatten,

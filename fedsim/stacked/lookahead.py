@@ -76,4 +76,6 @@ def worthwhile_block(leaves: list[nn.Module], sgd: Sgd, batch_size: int) -> int:
     first = next((m for m in leaves if not isinstance(m, nn.Flatten | nn.Identity)), None)
     if not isinstance(first, nn.Linear) or sgd.momentum or sgd.weight_decay or not batch_size:
         return 1
+    if first.weight.is_cuda:  # one product of all clients' small batches keeps a GPU busier than one a client
+        return 1
     return max(1, int(_GRAM_SHARE * first.out_features) // batch_size)

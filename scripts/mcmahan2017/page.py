@@ -119,12 +119,10 @@ def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str
     if (store.folder / variants.FILE).exists():
         yield from _variants(plan, store)
     if len(store.runs):
-        last = store.runs.iloc[-1]
         hours = store.runs["seconds"].sum() / 3600
-        yield (
-            f"{len(store.runs):,} runs, {hours:.1f} hours of rounds, one process each, pauses included; "
-            f"{last['machine']}; {last['versions']}."
-        )
+        yield from (f"{len(store.runs):,} runs, {hours:.1f} hours of rounds, one process each, pauses included:", "")
+        for (machine, versions), runs in store.runs.groupby(["machine", "versions"]):
+            yield f"- {len(runs):,} on {machine}; {versions}"
 
 
 def _variants(plan: Plan, store: Store) -> Iterator[str]:

@@ -48,13 +48,14 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def work(task: Task, runs: Path, until: float) -> Finished | None:
+def work(task: Task, runs: Path, until: float, *, on_gpu: bool = False) -> Finished | None:
     """Makes a run, or goes on with it.
 
     Args:
         task: the run.
         runs: the folder of all runs; an interrupted one goes on in a later call.
         until: `time.time()` at which it is interrupted.
+        on_gpu: it computes there, if it is made from the start.
 
     Returns:
         What came of it; None if it was interrupted.
@@ -67,7 +68,7 @@ def work(task: Task, runs: Path, until: float) -> Finished | None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.setitimer(signal.ITIMER_REAL, left_s)
     try:
-        run = _run(task, folder)
+        run = _run(task, folder, on_gpu)
     except KeyboardInterrupt:
         return None
     finally:
@@ -79,8 +80,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _run(task: Task, folder: Path) -> fedsim.Run:
-    config = task.cell.config(task.rate, task.seed, task.rounds)
+def _run(task: Task, folder: Path, on_gpu: bool) -> fedsim.Run:
+    config = task.cell.config(task.rate, task.seed, task.rounds).override({"placement.num_gpus": int(on_gpu)})
     stop_at = {"test_accuracy": task.cell.target}
     try:
         try:
@@ -98,7 +99,8 @@ def _finished(task: Task, run: fedsim.Run) -> Finished:
     accuracy = rounds["test_accuracy"]
     crossing = Target("test_accuracy", task.cell.target).crossing(rounds["round"].tolist(), accuracy.tolist())
     key = {"cell": task.cell.name, "lr": task.rate, "seed": task.seed}
-    versions, machine = environment.versions(), environment.machine()
+    versions, machine, device = environment.versions(), environment.machine(), run.info["device"]
+    gpu = "" if device == "cpu" else f", {device}"
     row = {
         **key,
         "phase": task.phase,
@@ -111,7 +113,7 @@ def _finished(task: Task, run: fedsim.Run) -> Finished:
         "weights_sha256": rounds["weights_sha256"].iloc[-1],
         "date": datetime.now(UTC).date().isoformat(),
         "git_commit": run.info["git_commit"],
-        "machine": f"{machine['num_cpus']} cores, {machine['processor']}",
+        "machine": f"{machine['num_cpus']} cores, {machine['processor']}{gpu}",
         "versions": ", ".join(f"{package} {versions[package]}" for package in ("python", "torch", "fedsim")),
     }
     return Finished(row, rounds[["round", "test_accuracy"]].astype({"test_accuracy": "float32"}).assign(**key))
