@@ -13,6 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from helpers import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -310,6 +311,7 @@ def test_interrupted_variants_go_on(tmp_path, monkeypatch):
 
     def run(trial, seed):
         if len(made) == allowed:
+            wait_until(lambda: len(pd.read_parquet(tmp_path / variants.FILE)) == allowed)
             raise KeyboardInterrupt
         made.append((trial.cell.name, trial.variant, seed))
         rounds = {"rounds_to_target": float(seed), "first_round_at_target": float(seed), "seconds": 1.0}
