@@ -274,8 +274,10 @@ def test_device_comes_from_rays_ids_not_from_what_torch_sees(shared_ray, monkeyp
     def context(ids):
         return lambda: type("Context", (), {"get_accelerator_ids": staticmethod(lambda: ids)})
 
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(host.ray, "get_runtime_context", context({"GPU": []}))
     assert host._assigned_device(0.0) == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "", "nothing in this process finds one"
     monkeypatch.setattr(host.ray, "get_runtime_context", context({"GPU": ["1"]}))
     assert host._assigned_device(0.25) == "cuda"
     assert limits == [0.25]

@@ -40,7 +40,6 @@ LAYERS = (
         "stacked.parameter",
         "stacked.products",
         "stacked.activations",
-        "stacked.patches",
         "stacked.layers",
         "stacked.stack",
         "stacked.lookahead",

@@ -336,6 +336,17 @@ def test_a_serial_run_computes_on_one_gpu_where_it_is_asked_to():
     assert message == "placement.num_gpus = 2, but serial mode computes on one GPU; set 1"
 
 
+def test_actors_on_a_gpu_are_not_forked():
+    plan = planned(forking(8, 1), mode="packed", actors=2, num_gpus=0.5)
+    assert (plan.start, plan.reasons[0]) == (
+        "plain",
+        "plain actors: they cannot be forked here (CUDA works in no fork)",
+    )
+    message = refused(forking(8, 1), mode="packed", actors=2, num_gpus=0.5, start="fork")
+    assert message.startswith("actors cannot be forked here: CUDA works in no fork; set placement.start")
+    assert planned(forking(8, 1), mode="packed", actors=2, num_gpus=0).start == "fork"
+
+
 def test_gpus_that_are_not_there():
     message = refused(machine(4), mode="packed", actors=2, num_gpus=0.5)
     assert message == "2 actors of 0.5 GPU each do not fit 0 GPUs; set placement.num_gpus=0"
@@ -489,7 +500,7 @@ def test_whatever_is_planned_fits(nodes, asked, clients, fraction, model_bytes):
         assert (asked["mode"], plan.num_actors, plan.start) == ("serial", 0, "")
         assert asked["start"] != "fork"
         return
-    can_fork = not any(node.fork_obstacle for node in nodes)
+    can_fork = asked["num_gpus"] in ("auto", 0) and not any(node.fork_obstacle for node in nodes)
     assert plan.start == ("fork" if can_fork and asked["start"] != "plain" else "plain")
     assert plan.start == asked["start"] or asked["start"] == "auto"
     cost = COSTS[plan.start]

@@ -19,7 +19,6 @@ from fedsim.stacked import Stacked, engine, layers, obstacle
 from fedsim.stacked.engine import Piece, pieces
 from fedsim.stacked.layers import LAYERS
 from fedsim.stacked.lookahead import worthwhile_block
-from fedsim.stacked.patches import PatchedConv2d
 from fedsim.training import Examples, Loop, Sgd, Trained, Work
 from fedsim.weights import Layout, Weights
 
@@ -122,20 +121,18 @@ def test_it_trains_as_autograd_does(kind, sgd):
 
 @pytest.mark.parametrize("sgd", [PLAIN, HEAVY], ids=["plain", "momentum and decay"])
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten], ids=lambda kind: kind.__name__)
-def test_convolutions_of_patches_train_as_autograd_does(monkeypatch, kind, sgd):
+def test_grouped_convolutions_train_as_autograd_does(monkeypatch, kind, sgd):
     """What a GPU takes for stacks, here on the CPU."""
-    made_of_patches = []
+    made_so = []
 
-    def patched(module, parameters):
-        usual = layers.convolution(module, parameters)
-        if module.groups > 1:
-            return usual
-        made_of_patches.append(PatchedConv2d(module, parameters, layers._padding(module)))
-        return made_of_patches[-1]
+    def grouped(module, parameters):
+        made_so.append(layers.GroupedConv2d(module, parameters))
+        return made_so[-1]
 
-    monkeypatch.setitem(LAYERS, nn.Conv2d, patched)
+    monkeypatch.setitem(LAYERS, nn.Conv2d, grouped)
+    monkeypatch.setattr(Stacked, "_agrees", lambda *arguments: True)
     test_it_trains_as_autograd_does(kind, sgd)
-    assert len(made_of_patches) >= 2
+    assert {len(layer.weight.value) for layer in made_so} == {1, 2}, "two of the clients have as many full batches"
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 0])

@@ -100,6 +100,7 @@ class HostActor:
 def _assigned_device(num_gpus: float) -> str:
     """The device from Ray's own accelerator ids: a CPU actor sees the machine's GPUs too, but must leave them alone."""
     if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # autograd would start CUDA on each of them, whatever it computes on
         return "cpu"
     import torch
 

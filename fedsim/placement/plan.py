@@ -143,6 +143,8 @@ def _serial_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]
 def _start(placement: PlacementConfig, nodes: tuple[Node, ...], reasons: list[str]) -> str:
     """How actors start: forked where this is possible."""
     obstacle = next((node.fork_obstacle for node in nodes if node.fork_obstacle), "")
+    if placement.num_gpus not in ("auto", 0):
+        obstacle = "CUDA works in no fork"
     if placement.start == "plain":
         reasons.append("plain actors: as asked for")
         return "plain"

@@ -19,7 +19,7 @@ from fedsim.training import Sgd
 from fedsim.weights import Layout
 
 _INFERENCE = 100
-"""Test images computed at once, so that what a convolution makes of them stays in the cache. Part of the results."""
+"""Test images computed at once on a CPU: what a convolution makes of them stays in its cache. Part of the results."""
 
 
 class Stack:
@@ -72,9 +72,11 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
 
 def infer(layers: list[Layer], images: Tensor) -> Tensor:
     """Logits [N, L] of images [N, C, H, W], by the layers of one client, which are not trained any more."""
-    has_convolution = any(isinstance(layer, Conv2d) for layer in layers)
+    at_once = len(images)
+    if any(isinstance(layer, Conv2d) for layer in layers) and not images.is_cuda:
+        at_once = _INFERENCE
     logits = []
-    for x in torch.split(images[None], _INFERENCE if has_convolution else len(images), dim=1):
+    for x in torch.split(images[None], at_once, dim=1):
         for layer in layers:
             x = layer.infer(x) if isinstance(layer, Linear) else layer.forward(x)
         logits.append(x[0])
