@@ -40,6 +40,7 @@ LAYERS = (
         "stacked.parameter",
         "stacked.products",
         "stacked.activations",
+        "stacked.patches",
         "stacked.layers",
         "stacked.stack",
         "stacked.lookahead",

@@ -19,6 +19,8 @@ from fedsim.stacked import Stacked, engine, layers, obstacle
 from fedsim.stacked.engine import Piece, pieces
 from fedsim.stacked.layers import LAYERS
 from fedsim.stacked.lookahead import worthwhile_block
+from fedsim.stacked.parameter import Parameter
+from fedsim.stacked.patches import PatchedConv2d
 from fedsim.training import Examples, Loop, Sgd, Trained, Work
 from fedsim.weights import Layout, Weights
 
@@ -121,18 +123,46 @@ def test_it_trains_as_autograd_does(kind, sgd):
 
 @pytest.mark.parametrize("sgd", [PLAIN, HEAVY], ids=["plain", "momentum and decay"])
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Flatten], ids=lambda kind: kind.__name__)
-def test_grouped_convolutions_train_as_autograd_does(monkeypatch, kind, sgd):
+def test_patched_convolutions_train_as_autograd_does(monkeypatch, kind, sgd):
     """What a GPU takes for stacks, here on the CPU."""
     made_so = []
 
-    def grouped(module, parameters):
-        made_so.append(layers.GroupedConv2d(module, parameters))
+    def patched(module, parameters):
+        usual = layers.Conv2d(module, parameters)
+        if module.groups > 1:
+            return usual
+        made_so.append(PatchedConv2d(module, parameters, layers._padding(module)))
         return made_so[-1]
 
-    monkeypatch.setitem(LAYERS, nn.Conv2d, grouped)
+    monkeypatch.setitem(LAYERS, nn.Conv2d, patched)
     monkeypatch.setattr(Stacked, "_agrees", lambda *arguments: True)
     test_it_trains_as_autograd_does(kind, sgd)
     assert {len(layer.weight.value) for layer in made_so} == {1, 2}, "two of the clients have as many full batches"
+
+
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(PAIRS, PAIRS, PAIRS, st.tuples(st.integers(0, 2), st.integers(0, 2)), st.booleans())
+def test_patches_are_those_of_the_convolution(kernel, stride, dilation, padding, has_bias):
+    options = {"stride": stride, "dilation": dilation, "padding": padding, "bias": has_bias}
+    module = nn.Conv2d(2, 3, kernel, **options)
+    rng = torch.Generator().manual_seed(1)
+    x = torch.rand(4, 5, 2, 9, 8, generator=rng, dtype=torch.float64)
+    found = []
+    for layer_of in (layers.Conv2d, lambda *parts: PatchedConv2d(*parts, padding)):
+        parameters = {
+            name: Parameter(torch.linspace(-1, 1, 4 * own.numel(), dtype=x.dtype).view(4, *own.shape), None, PLAIN)
+            for name, own in module.named_parameters()
+        }
+        layer = layer_of(module, parameters)
+        y = layer.forward(x)
+        g = torch.rand(y.shape, generator=torch.Generator().manual_seed(2), dtype=x.dtype)
+        below = layer.backward(g, needs_input=True)
+        found.append([y, below, *(each.value for each in parameters.values())])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 0])

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from fedsim.stacked.activations import GELU, Identity, ReLU, Sigmoid, Tanh
 from fedsim.stacked.parameter import Parameter
+from fedsim.stacked.patches import PatchedConv2d
 from fedsim.stacked.products import product
 
 # The derivatives that autograd itself calls.
@@ -115,36 +116,6 @@ class Conv2d:
         return _stacked([below for below, _, _ in found]) if needs_input else g
 
 
-class GroupedConv2d:
-    """The convolutions of K clients as one of K groups: on a GPU, which one a client would leave idle."""
-
-    is_trained = True
-
-    def __init__(self, module: nn.Conv2d, parameters: dict[str, Parameter]) -> None:
-        self.weight, self.bias = parameters["weight"], parameters.get("bias")
-        self._options = module.stride, _padding(module), module.dilation
-        self._groups = module.groups * len(self.weight.value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[K, B, C, H, W] -> [K, B, O, H', W']."""
-        self._x = _side_by_side(x)
-        bias = self.bias.value.flatten() if self.bias else None
-        y = F.conv2d(self._x, self.weight.value.flatten(0, 1), bias, *self._options, self._groups)
-        return _apart(y, len(x))
-
-    def backward(self, g: Tensor, *, needs_input: bool) -> Tensor:
-        """See `Layer.backward`."""
-        num_clients, batch, channels = g.shape[:3]
-        wanted = [needs_input, True, self.bias is not None]
-        fixed = [num_clients * channels], *self._options, False, [0, 0], self._groups, wanted
-        weights = self.weight.value.flatten(0, 1)
-        below, weight, bias = convolution_backward(_side_by_side(g), self._x, weights, *fixed)
-        self.weight.descend(weight.view_as(self.weight.value), batch)
-        if self.bias:
-            self.bias.descend(bias.view_as(self.bias.value), batch)
-        return _apart(below, num_clients) if needs_input else g
-
-
 class MaxPool2d:
     """The largest of each window; all clients' images at once."""
 
@@ -207,26 +178,18 @@ class Flatten:
 
 
 def convolution(module: nn.Conv2d, parameters: dict[str, Parameter]) -> Layer:
-    """The convolutions of a stack: on a CPU one a client, on a GPU all as one."""
+    """The convolutions of a stack: on a CPU one a client, on a GPU all in one product."""
     if module.padding_mode != "zeros":
         raise NotImplementedError(f"Conv2d with padding_mode={module.padding_mode!r}")
     weight = parameters["weight"].value
-    return (GroupedConv2d if weight.is_cuda and len(weight) > 1 else Conv2d)(module, parameters)
+    if weight.is_cuda and len(weight) > 1 and module.groups == 1:
+        return PatchedConv2d(module, parameters, _padding(module))
+    return Conv2d(module, parameters)
 
 
 def channels_innermost(images: Tensor) -> Tensor:
     """The same images [K, B, C, H, W] with the channels innermost in memory; not copied where they are already."""
     return _by_client(images.flatten(0, 1).to(memory_format=torch.channels_last), images)
-
-
-def _side_by_side(images: Tensor) -> Tensor:
-    """[K, B, C, H, W] -> [B, K * C, H, W]: the clients' images as channels of one batch."""
-    return images.transpose(0, 1).flatten(1, 2)
-
-
-def _apart(images: Tensor, num_clients: int) -> Tensor:
-    """The inverse of `_side_by_side`."""
-    return images.view(len(images), num_clients, -1, *images.shape[2:]).transpose(0, 1)
 
 
 def _by_client(images: Tensor, like: Tensor) -> Tensor:
