@@ -19,7 +19,7 @@ import pytest
 from helpers import is_gone, wait_until
 
 from fedsim import forkserver
-from fedsim.forkserver import LAUNCHER, ForkServer, worker
+from fedsim.forkserver import LAUNCHER, ForkServer, server, worker
 
 pytestmark = [
     pytest.mark.long,
@@ -466,6 +466,30 @@ def test_a_test_that_takes_too_long_is_an_obstacle(tmp_path):
         assert world.server.obstacle(timeout_s=0.01) == "its test of itself took more than 0.01 s"
     finally:
         world.close()
+
+
+@pytest.mark.parametrize(("gpus", "rehearses"), [(0, True), (2, False)])
+def test_nothing_that_would_start_cuda_runs_before_a_fork(monkeypatch, gpus, rehearses):
+    """Autograd does, wherever there is a GPU; the trial is in a child, which a fork server is then no more."""
+    done = []
+    for name in ("_import", "rehearse", "_settle", "_test"):
+        monkeypatch.setattr(server, name, lambda *arguments, name=name: done.append(name))
+    monkeypatch.setattr(server.torch.cuda, "device_count", lambda: gpus)
+
+    class Server:
+        def __init__(self, address, driver):
+            pass
+
+        def serve(self):
+            raise InterruptedError
+
+        def close(self):
+            done.append("close")
+
+    monkeypatch.setattr(server, "_Server", Server)
+    with pytest.raises(InterruptedError):
+        server.main("somewhere", 1)
+    assert done == ["_import", *(["rehearse"] if rehearses else []), "_settle", "_test", "close"]
 
 
 def test_it_is_for_linux(monkeypatch):

@@ -92,7 +92,7 @@ def test_actors_share_a_gpu_and_have_the_same_bits_again(tmp_path):
 
 
 def threads_of_actors():
-    """Names of the threads of all processes that this one has started: CUDA has some of its own."""
+    """Names of the threads of all processes that this one has started."""
     names = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ def test_actors_without_a_share_leave_it_alone(tmp_path):
                 threads = threads_of_actors()
                 break
         assert threads
-        assert not [name for name in threads if "cuda" in name]
+        assert not [name for name in threads if name.startswith("pt_autograd_")], "autograd has a thread for each GPU"
     run = fedsim.run(config.override({"rounds": 1}), results=tmp_path)
     assert run.info["device"] == "cpu"
     assert run.info["num_forked"] == 4
@@ -126,13 +126,13 @@ def test_an_actor_that_takes_more_than_its_share_is_named(tmp_path):
             self.inner = nn.Linear(784, 10)
 
         def forward(self, images):
-            if images.is_cuda:
+            if images.is_cuda and self.training:
                 torch.empty(torch.cuda.get_device_properties(0).total_memory // 3, dtype=torch.uint8, device="cuda")
             return self.inner(images.flatten(1))
 
     with pytest.raises(ClientError, match="out of memory") as caught:
         fedsim.run(ACTORS, model=Greedy, results=tmp_path)
-    assert "round 1" in str(caught.value)
+    assert "in round 1" in str(caught.value)
     run = fedsim.run(
         ACTORS.override({"placement.actors": 2, "placement.num_gpus": 0.5}), model=Greedy, results=tmp_path
     )

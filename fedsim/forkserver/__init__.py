@@ -24,13 +24,11 @@ LAUNCHER = Path(__file__).with_name("launcher.py")
 
 _CODE = "import sys; sys.path[:] = {path}; from fedsim.forkserver.server import main; main({address!r}, {driver})"
 
-# Read when the libraries are loaded: no thread pools, as a fork has none of its parent's threads. Autograd has a thread
-# for each GPU, whatever it computes on.
+# Read when the libraries are loaded: no thread pools, as a fork has none of its parent's threads.
 _SINGLE_THREADED = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
-    "CUDA_VISIBLE_DEVICES": "",
 }
 
 

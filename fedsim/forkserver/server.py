@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from fedsim.forkserver.rehearsal import rehearse
 from fedsim.forkserver.worker import Request, read_request, receive, turn_into_worker
 
@@ -44,7 +46,8 @@ def main(address: str, driver: int) -> None:
     server, pid = _Server(address, driver), os.getpid()
     try:
         _import(_BEFORE)
-        rehearse()
+        if not torch.cuda.device_count():  # else autograd would start CUDA, whatever it computes on: no fork after that
+            rehearse()
         _settle()
         _test()
         print("ready", flush=True)
@@ -86,6 +89,7 @@ def _test() -> None:
     child = os.fork()
     if child == 0:
         try:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as an actor that computes on CPUs
             rehearse()
         except BaseException:  # noqa: BLE001 - whatever it is: it must not get to the parent's code
             os._exit(1)

@@ -69,18 +69,20 @@ def write(plan: Plan, store: Store) -> None:
 
 
 def overview(plan: Plan, store: Store) -> list[str]:
-    """The README's table: the 2NN of Table 1 with B = 10, by C."""
-    found: dict[tuple[float, str], Outcome] = {}
-    for cell in plan.cells:
-        if (cell.table, cell.model, cell.batch_size) == (1, "2nn", 10):
-            found[cell.per_round, cell.partition] = outcome(plan, cell, store)
+    """The README's table: cells of Table 1 with B = 10, by C."""
+    columns = (("2NN, IID", "2nn", "iid"), ("2NN, non-IID", "2nn", "shards"), ("CNN, IID", "cnn", "iid"))
+    found = {
+        (cell.per_round, cell.model, cell.partition): _row(outcome(plan, cell, store))
+        for cell in plan.cells
+        if (cell.table, cell.batch_size) == (1, 10)
+    }
     rows = []
-    for per_round in sorted({per_round for per_round, _ in found}):
-        cells = [_row(found[per_round, partition]) for partition in ("iid", "shards")]
+    for per_round in sorted({per_round for per_round, *_ in found}):
+        cells = [found[per_round, model, partition] for _, model, partition in columns]
         shown = (value for _, published, ours, ratio, *_ in cells for value in (published, ours, ratio))
         rows.append((f"C = {per_round:g}", *shown))
-    header = ("2NN, B = 10, 97 %", "IID: paper", "ours", "ratio", "non-IID: paper", "ours", "ratio")
-    return table(header, rows)
+    heads = (head for title, *_ in columns for head in (f"{title}: paper", "ours", "ratio"))
+    return table(("B = 10", *heads), rows)
 
 
 def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str]:
