@@ -307,17 +307,22 @@ def test_a_variant_changes_one_thing():
 
 
 def test_interrupted_variants_go_on(tmp_path, monkeypatch):
-    made, allowed = [], 7
+    made, allowed, kept, write = [], 7, [], variants.store.write
+
+    def writing(path, frame):
+        write(path, frame)
+        kept.append(len(frame))
 
     def run(trial, seed):
         if len(made) == allowed:
-            wait_until(lambda: len(pd.read_parquet(tmp_path / variants.FILE)) == allowed)
+            wait_until(lambda: len(kept) == allowed)
             raise KeyboardInterrupt
         made.append((trial.cell.name, trial.variant, seed))
         rounds = {"rounds_to_target": float(seed), "first_round_at_target": float(seed), "seconds": 1.0}
         return {"cell": trial.cell.name, "variant": trial.variant, "seed": seed, **rounds}
 
     monkeypatch.setattr(variants, "run", run)
+    monkeypatch.setattr(variants.store, "write", writing)
     the_plan = plans.read()
     with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
         variants.measure(the_plan, tmp_path, pool)
