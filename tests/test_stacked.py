@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,6 +236,17 @@ def test_it_changes_neither_the_global_weights_nor_the_module():
     stacked(module, HEAVY, 7).evaluate(weights, EXAMPLES, [(0, 50)], [0])
     assert torch.equal(weights.flat, before)
     assert torch.equal(start(module).flat, before)
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups"), [(10, [(0, 7)]), (600, [(0, 3), (3, 6), (6, 7)]), (5000, [(k, k + 1) for k in range(7)])]
+)
+def test_a_gpu_takes_as_many_clients_at_once_as_its_memory_holds(batch, groups):
+    stack = stacked(made(models.MODELS["mlp"]), PLAIN, batch)
+    images = SimpleNamespace(is_cuda=True)
+    assert stack._together(Piece(slice(0, 7), 0, batch, 1), 1, images) == [(slice(*g), slice(*g)) for g in groups]
+    later = stack._together(Piece(slice(2, 9), 0, batch, 1), 1, images)
+    assert later == [(slice(a + 2, b + 2), slice(a, b)) for a, b in groups]
 
 
 def test_momentum_starts_at_zero_in_each_fit():

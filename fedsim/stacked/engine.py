@@ -22,6 +22,8 @@ from fedsim.weights import Layout, Weights
 
 _GATHER = 512
 """Examples brought together at once; a memory limit that changes no bit."""
+_GPU_EXAMPLES = 2000
+"""Of a step on a GPU: a batched convolution holds all their patches, of the paper's CNN some 3 GB forth and back."""
 _VECTOR_BYTES = 16
 """Of the smallest vector register."""
 
@@ -119,17 +121,21 @@ class Stacked:
         return pixels(images, dtype, out=self._memory[: images.numel()].view(images.shape))
 
     def _together(self, piece: Piece, block: int, images: Tensor) -> list[tuple[slice, slice]]:
-        """The clients that compute as one, as rows of the stack and of the piece: all, or each alone.
-
-        Alone where the bits would not be the same.
-        """
+        """The clients that compute as one, as rows of the stack and of the piece."""
         first, last = piece.clients.start, piece.clients.stop
-        key = last - first, block, *images.shape[2:]
+        at_once = self._at_once(piece, block, images)
+        groups = [(k, min(k + at_once, last)) for k in range(first, last, at_once)]
+        return [(slice(start, stop), slice(start - first, stop - first)) for start, stop in groups]
+
+    def _at_once(self, piece: Piece, block: int, images: Tensor) -> int:
+        """On a GPU as many clients as its memory holds; on a CPU all, or one where the bits would not be the same."""
+        num_clients = piece.clients.stop - piece.clients.start
+        if images.is_cuda:
+            return max(1, _GPU_EXAMPLES // piece.batch)
+        key = num_clients, block, *images.shape[2:]
         if key not in self._agreed:
-            self._agreed[key] = key[0] == 1 or images.is_cuda or self._agrees(key, images.dtype)
-        if self._agreed[key]:
-            return [(piece.clients, slice(0, last - first))]
-        return [(slice(k, k + 1), slice(k - first, k - first + 1)) for k in range(first, last)]
+            self._agreed[key] = num_clients == 1 or self._agrees(key, images.dtype)
+        return num_clients if self._agreed[key] else 1
 
     def _agrees(self, key: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether clients, blocks and images of these shapes train with the bits that each client has alone.

@@ -52,6 +52,8 @@ class Stack:
         """The layers for some of the clients, from the inputs to the logits; training them changes `flat`."""
         key = clients.start, clients.stop
         if key not in self._layers:
+            if self.flat.is_cuda:  # what the layers of others keep may be most of its memory
+                self._layers.clear()
             own: dict[str, dict[str, Parameter]] = {}
             for entry in self._layout.floats:
                 layer, _, name = entry.name.rpartition(".")
