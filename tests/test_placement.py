@@ -331,9 +331,9 @@ def test_a_serial_run_computes_on_one_gpu_where_it_is_asked_to():
     assert [planned(machine(8, 2), mode="serial", num_gpus=share).num_gpus for share in (0, 0.5, 1)] == [0, 0.5, 1]
     for gpus in (0, 0.5):
         message = refused(machine(8, gpus), mode="serial", num_gpus=1)
-        assert message == "placement.num_gpus = 1, but torch finds no GPU here; set 0"
+        assert message == "placement.num_gpus = 1, but torch finds no GPU here; set placement.num_gpus=0"
     message = refused(machine(8, 2), mode="serial", num_gpus=2)
-    assert message == "placement.num_gpus = 2, but serial mode computes on one GPU; set 1"
+    assert message == "placement.num_gpus = 2, but serial mode computes on one GPU; set placement.num_gpus=1"
 
 
 def test_actors_on_a_gpu_are_not_forked():
