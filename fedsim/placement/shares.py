@@ -44,14 +44,11 @@ def serial_gpu(placement: PlacementConfig, nodes: tuple[Node, ...], reasons: lis
     """
     if placement.num_gpus == "auto":
         return gpu_share(placement, 1, nodes, reasons)
+    asked = f"placement.num_gpus = {placement.num_gpus:g}"
     if placement.num_gpus > 1:
-        raise PlanError(
-            f"placement.num_gpus = {placement.num_gpus:g}, but serial mode computes on one GPU; set placement.num_gpus=1"
-        )
+        raise PlanError(f"{asked}, but serial mode computes on one GPU; set placement.num_gpus=1")
     if placement.num_gpus and not any(node.num_gpus >= 1 for node in nodes):
-        raise PlanError(
-            f"placement.num_gpus = {placement.num_gpus:g}, but torch finds no GPU here; set placement.num_gpus=0"
-        )
+        raise PlanError(f"{asked}, but torch finds no GPU here; set placement.num_gpus=0")
     return placement.num_gpus
 
 
