@@ -168,9 +168,13 @@ class ClientHost:
         try:
             trained = self._engine.train(global_weights, self.train_set, [self._work(task) for task in tasks])
         except Exception:  # noqa: BLE001 - whatever the model or the data raised, with its traceback
-            if len(tasks) > 1:  # whose it is shows when each trains alone; the bits would be the same
-                return [update for one in stack for update in self._fit_stack(global_weights, [one])]
-            raise ClientError(tasks[0].round, tasks[0].client_id, traceback.format_exc()) from None
+            told = traceback.format_exc()
+            if len(tasks) > 1:  # whose it is shows when each trains alone
+                alone = [update for one in stack for update in self._fit_stack(global_weights, [one])]
+                if self.device.type == "cpu":
+                    return alone  # the bits are the same
+                told += f"in a stack of {len(tasks)} clients, not alone; set a smaller placement.stack_size\n"
+            raise ClientError(tasks[0].round, tasks[0].client_id, told) from None
         fit_s = time.perf_counter() - started
         return [
             self._update(global_weights, task, outcome, update, fit_s, len(stack))

@@ -22,7 +22,8 @@ def numerics(threads: int) -> Iterator[None]:
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
-        modes.enter_context(torch.autocast("cpu", enabled=False))
+        for device in ("cpu", "cuda"):
+            modes.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device() != torch.device("cpu"):  # only then: this mode slows every call down
             modes.enter_context(torch.device("cpu"))
         try:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fedsim import checkpoint
 from fedsim.comparison import Recorded
 from fedsim.compatibility import NOTHING, Own, check_own, check_same, compared, with_engine_of
@@ -45,6 +47,11 @@ class Rerun:
         self.unlike.extend(check_same(self.run.path, pairs, self.anyway))
 
     @property
+    def is_in_stacks(self) -> bool:
+        """Whether a client's bits depend on those that it trains with."""
+        return _is_in_stacks(self.run)
+
+    @property
     def rounds(self) -> range:
         """The rounds to be computed again."""
         return range(self.start.round + 1 if self.start else 1, self.last + 1)
@@ -58,7 +65,8 @@ class Rerun:
             what = f"computes {again} {origin}, {_layout(self.experiment.config.placement.model_dump())}"
             what += f" where the run was {_layout(self.run.info.get('placement', {}))}"
         else:
-            what = f"trains client {self.client} of round {self.last + 1} in this process, "
+            where = "where it was" if self.is_in_stacks else "in this process"
+            what = f"trains client {self.client} of round {self.last + 1} {where}, "
             what += f"after {again} {origin}" if again else origin
         return f"{self.run.path}: {what}; about {self._seconds:.1f} s at the pace of the run"
 
@@ -96,7 +104,7 @@ def plan_replay(
         last = min(last + 1, run.config.rounds)
     if not 1 <= round <= last:
         raise InputError(f"round {round} cannot be replayed: {run.path} has {_named(range(1, last + 1))}")
-    rerun = _plan(run, recorded, _placed(run, _in_this_process(run)), round, round - 1, client, own, anyway)
+    rerun = _plan(run, recorded, _placed(run, _nearby_placement(run)), round, round - 1, client, own, anyway)
     cohort = rerun.experiment.sample(round)
     if client not in cohort:
         some = ", ".join(map(str, cohort[:20])) + (f", ... ({len(cohort)} clients)" if len(cohort) > 20 else "")
@@ -144,19 +152,32 @@ def _chosen(rounds: int | str | None, recorded: Recorded, run: Run) -> tuple[int
 
 
 def _other_placement(run: Run) -> Mapping[str, Any]:
-    """A placement that the run did not have."""
-    if _is_on_gpu(run):  # there the promise is for the same plan only
-        return run.config.placement.model_dump()
-    is_serial = (run.info.get("placement") or {}).get("mode") == "serial"
-    return {"mode": "packed", "actors": 2} if is_serial else {"mode": "serial"}
+    """A placement that the run did not have; on a GPU, where the promise is for the same plan only, its own."""
+    placed = run.info.get("placement") or {}
+    if not _is_on_gpu_again(run):
+        return {"mode": "packed", "actors": 2} if placed.get("mode") == "serial" else {"mode": "serial"}
+    own = {**run.config.placement.model_dump(), "mode": placed["mode"], "num_gpus": placed["num_gpus"]}
+    if placed["mode"] != "actor-per-client":
+        own["stack_size"] = placed["stack_size"]
+    if placed["mode"] == "packed":
+        own["actors"] = placed["num_actors"]
+    return own
 
 
-def _in_this_process(run: Run) -> Mapping[str, Any]:
-    return {"mode": "serial", "num_gpus": 1 if _is_on_gpu(run) else "auto"}
+def _nearby_placement(run: Run) -> Mapping[str, Any]:
+    """This process, but for stacks on a GPU: there a client's bits depend on its neighbours."""
+    if _is_in_stacks(run):
+        return _other_placement(run)
+    return {"mode": "serial", "num_gpus": 1 if _is_on_gpu_again(run) else 0}
 
 
-def _is_on_gpu(run: Run) -> bool:
-    return str(run.info.get("device")).startswith("cuda")
+def _is_in_stacks(run: Run) -> bool:
+    return _is_on_gpu_again(run) and (run.info.get("placement") or {}).get("stack_size", 1) > 1
+
+
+def _is_on_gpu_again(run: Run) -> bool:
+    """Whether it was on a GPU and can be here; where it cannot, its arithmetic will not be that of the run."""
+    return str(run.info.get("device")).startswith("cuda") and torch.cuda.device_count() > 0
 
 
 def _placed(run: Run, placement: Mapping[str, Any]) -> Config:

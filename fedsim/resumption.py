@@ -116,8 +116,11 @@ class Resumption:
     def open(self, info: dict[str, Any]) -> RunWriter:
         """Puts the run's folder right; see `Home`."""
         before = self.stopped.info
-        fingerprints = {"numerics fingerprint": (before.get("numerics_fingerprint"), info["numerics_fingerprint"])}
-        unlike = self.unlike + check_same(self.folder, fingerprints, self.anyway)
+        arithmetic = {
+            "numerics fingerprint": (before.get("numerics_fingerprint"), info["numerics_fingerprint"]),
+            "device": (before.get("device"), info["device"]),
+        }
+        unlike = self.unlike + check_same(self.folder, arithmetic, self.anyway)
         part = {"at": now(), "from_round": self.next_round, **{key: info[key] for key in _OF_A_PART}}
         resumes = [*before.get("resumes", []), part | ({"unlike": unlike} if unlike else {})]
         again = {"resumes": resumes, "stop_at": info["stop_at"]}

@@ -69,7 +69,8 @@ def verify(
     Args:
         path: the run's folder; of a run still going, the rounds that are on disk.
         rounds: a round, a range such as "2..5", or "all"; None is the last round.
-        placement: keys of the configuration's section; None is serial, or two actors for a run that was serial.
+        placement: keys of the configuration's section; None is serial, or two actors for a run that was serial, or that
+            of a run on a GPU, whose bits depend on it.
         model: the run's own model, where it had one.
         strategy: the run's own strategy, where it had one.
         dataset: the run's own data set, where it had one.
@@ -100,6 +101,8 @@ def replay(
     anyway: bool = False,
 ) -> Replay:
     """Trains one client of one round again, in this process, so that a debugger can step through it.
+
+    A client that trained in a stack on a GPU trains in that stack again, as its bits depend on it, and where it did.
 
     The rounds between the nearest checkpoint, else round 0, and the client's round are computed again before.
 
@@ -144,7 +147,8 @@ def retrain(rerun: Rerun) -> Replay:
         for round in _rounds(rerun, pool):
             weights = round.weights
             differences = differences or list(round_differences(round.record, rerun.recorded))[:1]
-        (result,) = pool.fit(number, weights, [rerun.client])
+        trained = pool.fit(number, weights, x.sample(number) if rerun.is_in_stacks else [rerun.client])
+    result = next(each for each in trained if each.client_id == rerun.client)
     client = client_record(number, result)
     row = rerun.recorded.clients(number).get(rerun.client)
     if row:
@@ -166,5 +170,10 @@ def _open(rerun: Rerun, debug: bool = False) -> Iterator[Pool]:
     """A pool whose arithmetic is that of the run."""
     x, info = rerun.experiment, rerun.run.info
     with connect(x, debug=debug) as plan, open_pool(x, plan) as pool:
-        rerun.check({"numerics fingerprint": (info.get("numerics_fingerprint"), pool.info.fingerprint)})
+        rerun.check(
+            {
+                "numerics fingerprint": (info.get("numerics_fingerprint"), pool.info.fingerprint),
+                "device": (info.get("device"), pool.info.device),
+            }
+        )
         yield pool

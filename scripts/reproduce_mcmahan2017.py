@@ -129,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for pattern in args.cells:
         if not fnmatch.filter(names, pattern):
             parser.error(f"no cell {pattern!r}; there are {', '.join(names)}")
+    if args.gpu and (args.variants or args.report):
+        parser.error("--gpu is for the cells: the variants are measured on the CPU")
     if args.gpu and not gpus():
         parser.error("--gpu: torch finds no GPU here")
     cells = [cell for cell in the_plan.cells if any(fnmatch.fnmatch(cell.name, each) for each in args.cells)]

@@ -6,6 +6,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -505,3 +506,31 @@ def test_loading_says_where_the_host_is():
     info = trainer.load(DATA, PARTITION)
     assert (info.pid, info.node, info.device) == (os.getpid(), platform.node(), "cpu")
     assert info.fingerprint == fingerprint(torch.device("cpu"))
+
+
+class TooMuch:
+    """An engine that fails for more than one client, as where memory ends."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def train(self, weights, examples, work):
+        if len(work) > 1:
+            raise MemoryError("no room for a stack")
+        return self.engine.train(weights, examples, work)
+
+
+def test_a_stack_that_fails_is_trained_one_by_one_only_where_the_bits_are_the_same():
+    spec = ClientSpec(TRAINING, SEED, models.mlp, SHAPE, CLASSES, engine="stacked", stack_size=3)
+    host = ClientHost(spec)
+    host.load(DATA, PARTITION)
+    weights = host.layout.flatten(models.build(models.mlp, SHAPE, CLASSES, SEED))
+    tasks = [FitTask(2, client) for client in range(3)]
+    expected = [update.update_sha256 for update in host.fit(weights, tasks)]
+    host._engine = TooMuch(host._engine)
+    assert [update.update_sha256 for update in host.fit(weights, tasks)] == expected
+    real, host.device = host.device, torch.device("cuda")  # where a stack takes other kernels than a client alone
+    host._work = lambda task: ClientHost._work(SimpleNamespace(partition=PARTITION, spec=spec, device=real), task)
+    with pytest.raises(ClientError, match="no room for a stack") as caught:
+        host.fit(weights, tasks)
+    assert "in a stack of 3 clients, not alone; set a smaller placement.stack_size" in str(caught.value)

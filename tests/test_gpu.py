@@ -17,7 +17,7 @@ from fedsim.numerics import numerics
 from fedsim.stacked import Stacked, obstacle
 from fedsim.stacked.layers import LAYERS
 from fedsim.training import Examples, Loop, Work
-from fedsim.verification import verify
+from fedsim.verification import replay, verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -33,6 +33,7 @@ CONFIG = Config().override(
         "rounds": 3,
     }
 )
+GPUS = torch.cuda.device_count()
 SERIAL = CONFIG.override({"placement.mode": "serial", "placement.num_gpus": 1})
 ACTORS = CONFIG.override({"placement.actors": 4, "placement.num_gpus": 0.25})
 
@@ -73,6 +74,10 @@ def test_a_serial_run_has_the_same_bits_again(tmp_path):
     difference = (one.clients["update_l2_norm"] / here.clients["update_l2_norm"] - 1).abs()
     assert difference[one.clients["round"] == 1].max() < 1e-3, "one round of the same steps from the same weights"
     assert verify(one.path, rounds="all").is_equal
+    client = int(one.clients["client_id"].iloc[-1])
+    assert replay(one.path, round=3, client=client).differences == (), "in its stack"
+    alone = fedsim.run(SERIAL.override({"placement.stack_size": 1}), results=tmp_path, name="alone")
+    assert replay(alone.path, round=3, client=client).differences == ()
 
 
 @pytest.mark.ray
@@ -87,6 +92,8 @@ def test_actors_share_a_gpu_and_have_the_same_bits_again(tmp_path):
     assert set(one.clients["actor"]) == {0, 1, 2, 3}
     assert not one.clients["accuracy_after"].isna().any()
     assert verify(one.path, rounds="all").is_equal
+    client = int(one.clients["client_id"].iloc[-1])
+    assert replay(one.path, round=3, client=client).differences == (), "in its stack"
     stopped = fedsim.run(ACTORS.override({"rounds": 1}), results=tmp_path, name="stopped")
     assert hashes(fedsim.resume(stopped.path, changes={"rounds": 3})) == hashes(one)
 
@@ -113,7 +120,7 @@ def test_actors_without_a_share_leave_it_alone(tmp_path):
     run = fedsim.run(config.override({"rounds": 1}), results=tmp_path)
     assert run.info["device"] == "cpu"
     assert run.info["num_forked"] == 4
-    assert any("1 GPU found" in reason for reason in run.info["placement"]["reasons"])
+    assert any(f"{GPUS} GPU found" in reason for reason in run.info["placement"]["reasons"])
 
 
 @pytest.mark.ray
@@ -140,8 +147,8 @@ def test_an_actor_that_takes_more_than_its_share_is_named(tmp_path):
 
 
 def test_more_than_there_is(tmp_path):
-    with pytest.raises(PlanError, match="serial mode computes on one GPU"):
+    with pytest.raises(PlanError, match="serial mode has a GPU or none"):
         fedsim.run(SERIAL.override({"placement.num_gpus": 2}), results=tmp_path)
     with pytest.raises(PlanError, match="do not fit"):
-        fedsim.run(ACTORS.override({"placement.actors": 5}), results=tmp_path)
+        fedsim.run(ACTORS.override({"placement.actors": 4 * GPUS + 1, "clients.count": 4 * GPUS + 1}), results=tmp_path)
     assert not any(tmp_path.iterdir())

@@ -63,6 +63,17 @@ def test_the_callers_autocast_changes_nothing():
         assert hashes() == expected
 
 
+def test_the_callers_autocast_of_a_gpu_is_off_too():
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with numerics(1):
+            assert not torch.is_autocast_enabled("cuda")
+        assert torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
 def test_the_callers_no_grad_changes_nothing():
     expected = hashes()
     with torch.no_grad():

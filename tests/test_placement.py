@@ -328,12 +328,13 @@ def test_whole_gpus():
 def test_a_serial_run_computes_on_one_gpu_where_it_is_asked_to():
     assert planned(machine(8, 2), mode="serial").num_gpus == 0.0
     assert "1 GPU found" in planned(machine(8, 1), mode="serial").reasons[1]
-    assert [planned(machine(8, 2), mode="serial", num_gpus=share).num_gpus for share in (0, 0.5, 1)] == [0, 0.5, 1]
+    assert [planned(machine(8, 2), mode="serial", num_gpus=share).num_gpus for share in (0, 1)] == [0, 1]
     for gpus in (0, 0.5):
         message = refused(machine(8, gpus), mode="serial", num_gpus=1)
         assert message == "placement.num_gpus = 1, but torch finds no GPU here; set placement.num_gpus=0"
-    message = refused(machine(8, 2), mode="serial", num_gpus=2)
-    assert message == "placement.num_gpus = 2, but serial mode computes on one GPU; set placement.num_gpus=1"
+    for share in (0.5, 2):
+        message = refused(machine(8, 2), mode="serial", num_gpus=share)
+        assert message == f"placement.num_gpus = {share}, but serial mode has a GPU or none; set placement.num_gpus=1"
 
 
 def test_actors_on_a_gpu_are_not_forked():
@@ -345,6 +346,8 @@ def test_actors_on_a_gpu_are_not_forked():
     message = refused(forking(8, 1), mode="packed", actors=2, num_gpus=0.5, start="fork")
     assert message.startswith("actors cannot be forked here: CUDA works in no fork; set placement.start")
     assert planned(forking(8, 1), mode="packed", actors=2, num_gpus=0).start == "fork"
+    message = refused(forking(8), mode="packed", actors=2, num_gpus=0.5, start="fork")
+    assert message == "2 actors of 0.5 GPU each do not fit 0 GPUs; set placement.num_gpus=0"
 
 
 def test_gpus_that_are_not_there():

@@ -362,6 +362,10 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_runs(tmp_path, capsys, 
     assert ended.value.code == 2
     assert "--gpu: torch finds no GPU here" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    for other in ("--variants", "--report"):
+        with pytest.raises(SystemExit):
+            reproduce_mcmahan2017.main(["--gpu", other, "--output", str(tmp_path / "new")])
+        assert "--gpu is for the cells" in capsys.readouterr().err
     monkeypatch.setattr(reproduce_mcmahan2017, "gpus", lambda: 1)
     monkeypatch.setattr(reproduce_mcmahan2017, "reproduce", lambda *rest, on_gpu: taken.append(on_gpu))
     taken = []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import fedsim
-from fedsim import checkpoint, environment
+from fedsim import checkpoint, environment, rerun
 from fedsim import client as client_module
 from fedsim.comparison import Difference, Recorded, round_differences
 from fedsim.config import Config
@@ -230,6 +231,40 @@ def test_another_placement_gives_the_same_bits(shared_ray, made, tmp_path):
     assert verify(run.path, rounds="all").is_equal
     assert replay(run.path, round=4, client=cohort(run.path, 4)[0]).differences == ()
     assert verify(made).is_equal, "a serial run, on two actors"
+
+
+def on_gpu(folder, monkeypatch, **placed):
+    """What a run says that was computed on a GPU, and GPUs here."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    run = load_run(folder)
+    info = run.info | {"device": "cuda (NVIDIA H200)", "placement": run.info["placement"] | placed}
+    return SimpleNamespace(info=info, config=run.config)
+
+
+def test_a_run_on_a_gpu_is_placed_as_it_was(folder, monkeypatch):
+    packed = {"mode": "packed", "num_actors": 3, "num_gpus": 0.25, "stack_size": 4}
+    run = on_gpu(folder, monkeypatch, **packed)
+    again = rerun._other_placement(run)
+    assert {"mode": "packed", "actors": 3, "num_gpus": 0.25, "stack_size": 4}.items() <= again.items()
+    assert rerun._nearby_placement(run) == again, "a client in its stack"
+    run = on_gpu(folder, monkeypatch, **packed | {"stack_size": 1})
+    assert rerun._nearby_placement(run) == {"mode": "serial", "num_gpus": 1}
+    run = on_gpu(folder, monkeypatch, mode="actor-per-client", num_actors=6, num_gpus=0.1, stack_size=1)
+    assert rerun._other_placement(run)["actors"] == "auto"
+    Config.from_dict({"placement": rerun._other_placement(run)})
+
+
+def test_without_a_gpu_its_run_is_refused_for_its_arithmetic(folder):
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | {"device": "cuda (NVIDIA H200)"}))
+    for again in (lambda **how: verify(folder, placement=SERIAL, **how), lambda **how: replayed(folder, **how)):
+        with pytest.raises(InputError, match=r"device cuda \(NVIDIA H200\) in the run, cpu here"):
+            again()
+        again(anyway=True)
+
+
+def replayed(folder, **how):
+    return replay(folder, round=2, client=cohort(folder, 2)[0], **how)
 
 
 # --- Different -------------------------------------------------------------------------------------------------------

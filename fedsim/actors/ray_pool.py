@@ -221,7 +221,7 @@ def _not_forked(number: int) -> str:
 
 
 def _common_info(infos: list[HostInfo], num_forked: int) -> PoolInfo:
-    fingerprints = {info.fingerprint: info.node for info in infos}
+    fingerprints = {f"{info.fingerprint} on {info.device}": info.node for info in infos}
     if len(fingerprints) > 1:
         named = ", ".join(f"{node}: {fingerprint}" for fingerprint, node in fingerprints.items())
         raise PlanError(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fedsim.actors import FitResult, PoolInfo
 from fedsim.client import ClientHost, ClientSpec, FitTask, evaluation_chunks, total
 from fedsim.datasets import Dataset
+from fedsim.errors import PlanError, first_line
 from fedsim.numerics import numerics
 from fedsim.partition import Partition
 from fedsim.training import Evaluation
@@ -21,11 +24,16 @@ class SerialPool:
         dataset: all examples.
         partition: who has which.
         device: where they are trained; "cpu" or "cuda".
+
+    Raises:
+        PlanError: CUDA does not start.
     """
 
     def __init__(self, spec: ClientSpec, dataset: Dataset, partition: Partition, device: str = "cpu") -> None:
         self._threads = spec.threads
         self._chunks = evaluation_chunks(dataset)
+        if device == "cuda":
+            _start_cuda()
         with numerics(self._threads):
             self._host = ClientHost(spec, device)
             info = self._host.load(dataset, partition)
@@ -44,3 +52,14 @@ class SerialPool:
 
     def close(self) -> None:
         """See `Pool.close`."""
+        is_on_gpu = self._host.device.type == "cuda"
+        del self._host
+        if is_on_gpu:
+            torch.cuda.empty_cache()  # for whoever uses it next
+
+
+def _start_cuda() -> None:
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(f"CUDA does not start here: {first_line(error)}; set placement.num_gpus=0") from error

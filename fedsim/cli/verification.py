@@ -24,7 +24,10 @@ def verify(
     ] = None,
     changes: Annotated[
         list[str] | None,
-        set_option("Where to compute (without it serial, or on two actors if the run was that)", "placement.KEY=VALUE"),
+        set_option(
+            "Where to compute (without it serial, or on two actors if the run was that; on a GPU as it was)",
+            "placement.KEY=VALUE",
+        ),
     ] = None,
     results: ResultsOption = Path("results"),
     anyway: AnywayOption = False,

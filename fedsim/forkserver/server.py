@@ -19,8 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from fedsim.forkserver.rehearsal import rehearse
 from fedsim.forkserver.worker import Request, read_request, receive, turn_into_worker
 
@@ -33,6 +31,8 @@ _WITH_RAY = (
     "fedsim.actors.ray_pool",
 )
 """Imported for the first worker: what each would import by itself."""
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Where one is, autograd starts threads of it, whatever it computes on and whichever GPUs it sees: no fork after."""
 _TEST_S = 10.0
 
 
@@ -46,7 +46,7 @@ def main(address: str, driver: int) -> None:
     server, pid = _Server(address, driver), os.getpid()
     try:
         _import(_BEFORE)
-        if not torch.cuda.device_count():  # else autograd would start CUDA, whatever it computes on: no fork after that
+        if not any(Path(device).exists() for device in _GPU_DRIVERS):
             rehearse()
         _settle()
         _test()

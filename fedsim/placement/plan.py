@@ -142,8 +142,9 @@ def _serial_plan(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...]
 
 def _start(placement: PlacementConfig, nodes: tuple[Node, ...], reasons: list[str]) -> str:
     """How actors start: forked where this is possible."""
+    is_on_gpu = placement.num_gpus not in ("auto", 0) and any(node.num_gpus for node in nodes)
     obstacle = next((node.fork_obstacle for node in nodes if node.fork_obstacle), "")
-    if placement.num_gpus not in ("auto", 0):
+    if is_on_gpu:
         obstacle = "CUDA works in no fork"
     if placement.start == "plain":
         reasons.append("plain actors: as asked for")
@@ -244,7 +245,8 @@ def _stack_size(
     if num_gpus and gpu_bytes:  # what is left beside the context, for weights, momentum and what a step computes
         limit = min(limit, int(num_gpus * gpu_bytes - GPU_ACTOR_BYTES) // 3)
     stack = max(1, min(clients, most, limit // max(1, size.model_bytes)))
-    reasons.append(f"stacks of up to {stack}: {stack} x {size.model_bytes / 1e6:.1f} MB of weights stay in the caches")
+    where = "are little of a GPU's memory" if num_gpus else "stay in the caches"
+    reasons.append(f"stacks of up to {stack}: {stack} x {size.model_bytes / 1e6:.1f} MB of weights {where}")
     return stack
 
 

@@ -37,16 +37,16 @@ def gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...], 
 
 
 def serial_gpu(placement: PlacementConfig, nodes: tuple[Node, ...], reasons: list[str]) -> float:
-    """GPUs of a run in this process: none unless asked for.
+    """GPUs of a run in this process, 0 or 1: none unless asked for.
 
     Raises:
-        PlanError: there is none, or it would need several.
+        PlanError: there is none, or a part of one or several are asked for.
     """
     if placement.num_gpus == "auto":
         return gpu_share(placement, 1, nodes, reasons)
     asked = f"placement.num_gpus = {placement.num_gpus:g}"
-    if placement.num_gpus > 1:
-        raise PlanError(f"{asked}, but serial mode computes on one GPU; set placement.num_gpus=1")
+    if placement.num_gpus not in (0, 1):
+        raise PlanError(f"{asked}, but serial mode has a GPU or none; set placement.num_gpus=1")
     if placement.num_gpus and not any(node.num_gpus >= 1 for node in nodes):
         raise PlanError(f"{asked}, but torch finds no GPU here; set placement.num_gpus=0")
     return placement.num_gpus

@@ -128,7 +128,7 @@ class Stacked:
         return [(slice(start, stop), slice(start - first, stop - first)) for start, stop in groups]
 
     def _at_once(self, piece: Piece, block: int, images: Tensor) -> int:
-        """On a GPU as many clients as its memory holds; on a CPU all, or one where the bits would not be the same."""
+        """On a GPU all whose examples are not too many; on a CPU all, or one where the bits would not be the same."""
         num_clients = piece.clients.stop - piece.clients.start
         if images.is_cuda:
             return max(1, _GPU_EXAMPLES // piece.batch)
