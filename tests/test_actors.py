@@ -431,12 +431,15 @@ def test_an_existing_cluster_is_joined_by_its_address(shared_ray, reference):
     assert shared_ray.is_initialized()
 
 
-def test_unequal_fingerprints_are_refused():
+def test_unequal_fingerprints_and_devices_are_refused():
     from fedsim.client import HostInfo
 
     infos = [HostInfo(1, "a", "cpu", "0123"), HostInfo(2, "b", "cpu", "4567")]
-    with pytest.raises(PlanError, match=r"a: 0123, b: 4567"):
+    with pytest.raises(PlanError, match=r"a: 0123 on cpu, b: 4567 on cpu"):
         ray_pool._common_info(infos, 0)
+    gpus = [HostInfo(1, "a", "cuda (A)", "0123"), HostInfo(2, "b", "cuda (B)", "0123")]
+    with pytest.raises(PlanError, match=r"a: 0123 on cuda \(A\), b: 0123 on cuda \(B\)"):
+        ray_pool._common_info(gpus, 0)
     assert ray_pool._common_info(infos[:1], 1) == PoolInfo("cpu", "0123", num_forked=1)
 
 
