@@ -225,6 +225,6 @@ def _common_info(infos: list[HostInfo], num_forked: int) -> PoolInfo:
     if len(fingerprints) > 1:
         named = ", ".join(f"{node}: {fingerprint}" for fingerprint, node in fingerprints.items())
         raise PlanError(
-            f"the actors do not compute the same bits ({named}): different processors, GPUs or packages; use equal nodes"
+            f"the actors do not compute the same bits ({named}): other processors, GPUs or packages; use equal nodes"
         )
     return PoolInfo(infos[0].device, infos[0].fingerprint, num_forked)
