@@ -151,7 +151,7 @@ class AvgPool2d:
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, C, H, W] -> [K, B, C, H', W']."""
         self.x = x.flatten(0, 1)
-        if x.is_cuda:  # with channels innermost its derivative there is wrong until torch 2.14: pytorch/pytorch#188344
+        if x.is_cuda:  # in torch 2.11 its derivative there is wrong with channels innermost: pytorch/pytorch#188344
             self.x = self.x.contiguous()
         return _by_client(F.avg_pool2d(self.x, *self._options), x)
 

@@ -65,7 +65,7 @@ class PatchedConv2d:
         num_clients, batch, channels = g.shape[:3]
         g = g.permute(0, 1, 3, 4, 2).reshape(num_clients, -1, channels)  # [K, L, O]
         below = self._below(torch.bmm(g, self._weight), batch) if needs_input else g
-        gradient = torch.bmm(g.mT, self._patches).view(*g.shape[::2], *self._kernel, -1)
+        gradient = torch.bmm(g.mT, self._patches).view(num_clients, channels, *self._kernel, -1)
         self.weight.descend(gradient.permute(0, 1, 4, 2, 3), batch)
         if self.bias:
             self.bias.descend(g.sum(1), batch)
