@@ -191,6 +191,8 @@ def convolution(module: nn.Conv2d, parameters: dict[str, Parameter]) -> Layer:
 
 def channels_innermost(images: Tensor) -> Tensor:
     """The same images [K, B, C, H, W] with the channels innermost in memory; not copied where they are already."""
+    if images.shape[2] == 1:  # in both orders at once: torch goes by the strides, and gives its outputs the same order
+        return images.squeeze(2).unsqueeze(-1).movedim(-1, 2)
     return _by_client(images.flatten(0, 1).to(memory_format=torch.channels_last), images)
 
 
