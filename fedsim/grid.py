@@ -16,7 +16,7 @@ from fedsim.config import RUN_NAME, Config
 from fedsim.config.changes import computed
 from fedsim.errors import ConfigError, DivergedError, RunFolderError
 from fedsim.resolution import resolve
-from fedsim.run_folder import check_name, check_usable, is_live, read_info, read_run
+from fedsim.run_folder import check_name, check_usable, is_live, is_run, read_run
 
 if TYPE_CHECKING:
     from fedsim.targets import Target  # brings pyarrow
@@ -42,7 +42,7 @@ def folder_of(results: Path, name: str | None, config: Config) -> Path:
         RunFolderError: it is a run's.
     """
     folder = results / check_name(name if name is not None else f"{config.name[:94]}-sweep")
-    if read_info(folder) is not None:
+    if is_run(folder):
         raise RunFolderError(f"{folder} is a run, so it cannot hold the runs of a sweep; choose another --name")
     return folder
 

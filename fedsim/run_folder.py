@@ -135,8 +135,10 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
         ConfigError: config.toml cannot be read.
     """
     info, path = read_info(folder), folder / "config.toml"
+    if info is None and is_run(folder):
+        raise RunFolderError(f"{folder / 'run.json'} is damaged: it cannot be read")
     if info is None:
-        raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's, or a damaged one")
+        raise RunFolderError(f"{folder} is not a run: it has no run.json of fedsim's")
     version = info["fedsim_run"]
     if not isinstance(version, int) or version > RUN_VERSION:
         raise NewerVersionError(f"{folder} is of run version {version}, this fedsim reads {RUN_VERSION}; update fedsim")
@@ -221,12 +223,23 @@ def lock(folder: Path) -> BinaryIO:
 
 
 def read_info(folder: Path) -> dict[str, Any] | None:
-    """The content of a run's run.json; None where there is none of fedsim's."""
+    """The content of a run's run.json; None where there is none of fedsim's, or a damaged one."""
     try:
         info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return info if isinstance(info, dict) and "fedsim_run" in info else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, be it a damaged one: its run.json is fedsim's, or cannot be read."""
+    try:
+        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return isinstance(info, dict) and "fedsim_run" in info
 
 
 def is_live(folder: Path) -> bool:

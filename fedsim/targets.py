@@ -102,5 +102,11 @@ class Target:
 
 
 def targets(given: Mapping[str, float]) -> list[Target]:
-    """Targets as Python code gives them: {"test_accuracy": 0.97}."""
+    """Targets as Python code gives them: {"test_accuracy": 0.97}.
+
+    Raises:
+        InputError: one is none.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(f"{given!r} is no target: give a column and its value, such as {{'test_accuracy': 0.97}}")
     return [Target(column, value) for column, value in given.items()]

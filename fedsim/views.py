@@ -15,11 +15,12 @@ import pandas as pd
 from fedsim import datasets
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import FedsimWarning, InputError, RunFolderError
+from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError
 from fedsim.experiment import split
 from fedsim.metrics import CLIENT_COLUMNS, Column
 from fedsim.resolution import resolve
 from fedsim.results import Run, load_runs, read
+from fedsim.results.runs import warn_of
 
 Given = Run | str | os.PathLike[str]
 """A run, its folder, or a pattern such as "results/*" for several."""
@@ -65,10 +66,11 @@ class View:
 
 
 def views(given: Given | Iterable[Given]) -> list[View]:
-    """Reads runs, each once; a damaged part file is left out, with a `FedsimWarning` that names it.
+    """Reads runs, each once; what is damaged is left out, a part file or a run, with a `FedsimWarning` that names it.
 
     Raises:
-        RunFolderError: there is none, or one of which no round can be read.
+        NewerVersionError: one is of a newer fedsim.
+        RunFolderError: there is none of which a round can be read.
     """
     items = [given] if isinstance(given, Run | str | os.PathLike) else list(given)
     runs = [run for item in items for run in ([item] if isinstance(item, Run) else load_runs(item))]
@@ -76,7 +78,15 @@ def views(given: Given | Iterable[Given]) -> list[View]:
         raise RunFolderError("no runs were given")
     runs = list({run.path.resolve() if run.path else id(run): run for run in runs}.values())
     names = [run.name for run in runs]
-    found = [_view(run, str(run.path or run.name) if names.count(run.name) > 1 else run.name) for run in runs]
+    found, unreadable = [], []
+    for run in runs:
+        try:
+            found.append(_view(run, str(run.path or run.name) if names.count(run.name) > 1 else run.name))
+        except NewerVersionError:
+            raise
+        except RunFolderError as error:
+            unreadable.append(error)
+    warn_of(unreadable, found)
     for problem in (problem for run in found for problem in run.damage):
         warnings.warn(f"{problem}; its rows are left out", FedsimWarning, stacklevel=3)
     return found

@@ -945,8 +945,10 @@ def test_a_printed_preset_can_be_run(call):
     Path("mine.toml").write_text(call("presets", "mnist").out)
     assert call("run", "mine.toml", *QUICK, *sets("rounds=1")).code == 0
     assert call("run", "mnist", *QUICK, *sets("rounds=1")).code == 0
+    answer = call("run", "mnist", *QUICK, *sets("rounds=1"))
+    assert answer.out.splitlines()[0] == "results/mnist is there already, so this run is mnist-4"
     runs = fedsim.load_runs("results/*")
-    assert [run.name for run in runs] == ["mnist", "mnist-2", "mnist-3"]  # the file names itself
+    assert [run.name for run in runs] == ["mnist", "mnist-2", "mnist-3", "mnist-4"]  # the file names itself
     assert runs.rounds.groupby("round")["weights_sha256"].nunique().tolist() == [1, 1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pandas as pd
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 
 import fedsim
 from fedsim import cli
+from fedsim.cli.terminal import console
 from fedsim.comparison import parting
 from fedsim.errors import InputError, RunFolderError
 from fedsim.metrics import CLIENT_SCHEMA
@@ -99,6 +101,33 @@ def test_runs_with_rounds_missing_are_compared_by_what_they_have(results, tmp_pa
     assert "all results are equal, to the bit in the 5 rounds that both have" in capsys.readouterr().out
     assert compare(results, "long", str(tmp_path / "empty")) == 0
     assert "there is no round that both have" in capsys.readouterr().out
+
+
+def test_where_a_part_is_damaged_the_rest_of_the_comparison_is_there(results, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # which the command line replaces
+    bad = shutil.copytree(results / "long", tmp_path / "bad")
+    (bad / "rounds.parquet" / parts.EMPTY).write_bytes(b"torn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert compare(results, "long", str(bad)) == 0
+    said = capsys.readouterr().out
+    assert "whether they part cannot be said: the records of" in said
+    assert f"{parts.EMPTY} is damaged" in said
+
+
+def test_a_target_that_nobody_recorded_is_not_one_that_nobody_reached(results, capsys):
+    assert compare(results, "short", "long", "--target", "accuracy_before_mean=0.5") == 0
+    said = capsys.readouterr().out
+    assert "accuracy_before_mean was not recorded by short, long" in said
+    assert "no run has reached" not in said
+
+
+def test_no_name_is_cut_off_on_a_narrow_terminal(results, capsys, monkeypatch):
+    monkeypatch.setattr(console, "_width", 60)
+    assert compare(results, "swept", "--target", "test_accuracy=0.5") == 0
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert max(map(len, said.splitlines())) <= 60
 
 
 def test_folders_with_odd_names_are_found(results, tmp_path, capsys):
@@ -198,7 +227,9 @@ def test_runs_of_one_name_are_told_apart(results, tmp_path):
     assert set(fedsim.load_runs([results / "short", tmp_path / "renamed"]).clients["run"]) == {"short", "renamed"}
 
 
-def test_a_pattern_skips_what_is_no_run_and_a_folder_of_none_is_an_error(results, tmp_path):
-    assert [run.name for run in fedsim.load_runs(f"{results}/*")] == ["long", "other-rate", "short"]
+def test_a_pattern_finds_runs_and_sweeps_and_a_folder_of_none_is_an_error(results, tmp_path):
+    alone, swept = ["long", "other-rate", "short"], [path.name for path in sorted((results / "swept").glob("*"))]
+    assert [run.name for run in fedsim.load_runs(f"{results}/*")] == alone + swept
+    assert [run.name for run in fedsim.load_runs(results)] == alone
     with pytest.raises(RunFolderError, match="no run among"):
         fedsim.load_runs(tmp_path)

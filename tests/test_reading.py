@@ -292,9 +292,20 @@ def test_a_damaged_run_among_several_is_named_and_the_others_are_there(two, dama
         load_runs(bad)
 
 
-def test_a_broken_run_json_is_no_run(two):
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff"])
+def test_a_run_json_that_cannot_be_read_among_several_is_named(two, content):
     pattern, bad = two
-    (bad / "run.json").write_bytes(b"{")
+    (bad / "run.json").write_bytes(content)
+    with pytest.warns(FedsimWarning, match=r"results/bad/run\.json is damaged.*left out") as said:
+        assert [run.name for run in load_runs(pattern)] == ["mnist"]
+    assert len(said) == 1
+    with pytest.raises(RunFolderError, match=r"results/bad/run\.json is damaged"):
+        load_runs(bad)
+
+
+def test_a_run_json_of_something_else_is_no_run(two):
+    pattern, bad = two
+    (bad / "run.json").write_text('{"name": "sprint"}')
     assert [run.name for run in load_runs(pattern)] == ["mnist"]
     with pytest.raises(RunFolderError, match="no run among"):
         load_runs(bad)

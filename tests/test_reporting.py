@@ -571,13 +571,38 @@ def test_the_command_warns_of_a_damaged_part(tmp_path, capsys, monkeypatch):
 PART = "rounds.parquet/part-000000-000003.parquet"
 
 
+@pytest.mark.parametrize("words", [["a", "b"], ["."]], ids=str)
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda folder: (folder / PART).write_bytes(b"PAR1"),
+        lambda folder: (folder / "run.json").write_text("{"),
+        lambda folder: (folder / "config.toml").write_text("rounds = 'many'"),
+    ],
+)
+def test_of_several_runs_one_that_cannot_be_read_is_left_out(tmp_path, capsys, monkeypatch, words, break_it):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "a")
+    break_it(make(tmp_path / "b"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert command(*words, "--results", tmp_path, "--output", "page.html") == 0
+    said = capsys.readouterr().err
+    assert "b" in said
+    assert "this run is left out" in said
+    assert len(said.splitlines()) == 1
+    page = Page(tmp_path / "page.html")
+    assert [trace["name"] for trace in page.chart("Test accuracy")["data"]] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda folder: (folder / PART).write_bytes(b"PAR1"), "not a round of a can be read"),
         (lambda folder: rewrite(folder / PART, lambda rows: as_version(rows, 999)), "update fedsim"),
         (lambda folder: shutil.rmtree(folder / "clients.parquet"), "clients.parquet is missing"),
-        (lambda folder: (folder / "run.json").write_text("{"), "is not a run"),
+        (lambda folder: (folder / "run.json").write_text("{"), "run.json is damaged"),
         (lambda folder: (folder / "run.json").unlink(), "`fedsim runs` lists them"),
         (lambda folder: (folder / "config.toml").write_text("rounds = 'many'"), "rounds"),
         (lambda folder: (folder / "config.toml").unlink(), "config.toml"),

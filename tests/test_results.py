@@ -820,15 +820,22 @@ def test_what_is_no_run_cannot_be_loaded(tmp_path):
             load_run(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b'{"fedsim_run": 1,', b"[]", b"null", b"{}", b'{"status": "finished"}', b"\xff\xfe"], ids=repr
-)
-def test_a_run_json_that_is_damaged_or_foreign_is_none(tmp_path, text):
+@pytest.mark.parametrize("text", [b"[]", b"null", b"{}", b'{"status": "finished"}'], ids=repr)
+def test_a_foreign_run_json_is_none(tmp_path, text):
     folder = run(tmp_path, {"rounds": 0}).path
     (folder / "run.json").write_bytes(text)
     with pytest.raises(RunFolderError, match="not a run"):
         load_run(folder)
     assert find_runs(tmp_path) == []
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b'{"fedsim_run": 1,', b"\xff\xfe"], ids=repr)
+def test_a_run_with_a_damaged_run_json_is_one_that_cannot_be_read(tmp_path, text):
+    folder = run(tmp_path, {"rounds": 0}).path
+    (folder / "run.json").write_bytes(text)
+    with pytest.raises(RunFolderError, match=r"run\.json is damaged"):
+        load_run(folder)
+    assert find_runs(tmp_path) == [folder]
 
 
 def test_a_run_that_loses_its_run_json_says_so(tmp_path):
@@ -888,6 +895,19 @@ def test_no_run_among_the_paths_is_an_error(tmp_path, monkeypatch, paths):
     (tmp_path / "foreign").mkdir()
     with pytest.raises(RunFolderError, match="no run among"):
         load_runs(paths)
+
+
+def test_a_pattern_stands_for_what_its_matches_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/a", "results/swept/seed-0", "results/swept/seed-1"):
+        run(Path(name).parent, {"rounds": 0}, name=Path(name).name)
+    (tmp_path / "results" / "foreign").mkdir()
+    assert [found.name for found in load_runs("results/*")] == ["a", "seed-0", "seed-1"]
+    assert [found.name for found in load_runs("results/s*")] == ["seed-0", "seed-1"]
+    assert [found.name for found in load_runs("results")] == ["a"]
+    for name in ("a", "swept"):
+        with pytest.raises(RunFolderError, match=f"^no run among {name}; did you mean results/{name}\\?$"):
+            load_runs(name)
 
 
 def test_the_runs_of_a_folder_are_found_by_name(tmp_path):

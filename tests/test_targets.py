@@ -122,6 +122,8 @@ def test_text_and_back():
     assert Target.parse(" test_accuracy = 0.97 ") == ACCURACY
     assert Target.parse(str(ACCURACY)) == ACCURACY
     assert targets({"test_accuracy": 0.97}) == [ACCURACY]
+    with pytest.raises(InputError, match=r"0\.97 is no target: give a column and its value, such as \{'test_accuracy'"):
+        targets(0.97)
 
 
 LONG = SERIAL.override({"rounds": 12, "checkpoint.every_s": 0, "checkpoint.keep": "all"})

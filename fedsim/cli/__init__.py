@@ -36,6 +36,7 @@ from fedsim.cli.terminal import (
     console,
     count_rounds,
     fail,
+    folding,
     interrupted,
     interrupts,
     record,
@@ -77,7 +78,9 @@ def run(
     config = configuration(experiment_name, changes, address)
     targets = parsed_targets(stop_at)
     started, recording = time.perf_counter(), None
-    run_folder.target(results, name, config.name, overwrite)  # refuses a name before anything is started
+    folder = run_folder.target(results, name, config.name, overwrite)  # refuses a name before anything is started
+    if name is None and folder.name != config.name and not quiet:
+        print(f"{results / config.name} is there already, so this run is {folder.name}", flush=True)
     try:
         with launch.early_ray(config, debug=debug):
             from fedsim.recording import Recording
@@ -151,9 +154,9 @@ def presets(name: Annotated[str | None, typer.Argument(help="Prints this preset 
 def runs(results: ResultsOption = Path("results")) -> None:
     """Lists the runs of a results folder, with their status and last accuracy, and its sweeps."""
     from fedsim.results import find_runs, load_run
-    from fedsim.run_folder import read_info
+    from fedsim.run_folder import is_run, read_info
 
-    table = Table("run", "status", "rounds", "test accuracy", "started", box=None)
+    table = folding("run", "status", "rounds", "test accuracy", "started")
     for folder in find_runs(results):
         try:
             found = load_run(folder)
@@ -170,7 +173,7 @@ def runs(results: ResultsOption = Path("results")) -> None:
             info["started_at"],
         )
     for folder in sorted(results.glob("*/")):
-        if read_info(folder) is None and (inside := find_runs(folder)):
+        if not is_run(folder) and (inside := find_runs(folder)):
             finished = sum((read_info(run) or {}).get("status") == "finished" for run in inside)
             table.add_row(f"{folder.name}/", f"{finished} of {len(inside)} runs finished")
     console.print(table if table.row_count else f"no runs in {results}")
@@ -189,7 +192,7 @@ def status() -> None:
     """Shows which data sets are cached, and whether they are whole."""
     from fedsim import datasets
 
-    table = Table("data set", "state", "size", "folder", box=None)
+    table = folding("data set", "state", "size", "folder")
     for entry in datasets.status():
         size = f"{entry.size_bytes / 1e6:.1f} MB" if entry.size_bytes else ""
         table.add_row(entry.name, entry.state, size, str(entry.folder or ""))

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.table import Table
 
 from fedsim.cli.options import DebugOption, ResultsOption, RunsArgument, parsed_targets
-from fedsim.cli.terminal import console, count_rounds
+from fedsim.cli.terminal import console, count_rounds, folding
+from fedsim.errors import RunFolderError
 from fedsim.run_folder import paths_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from fedsim.results import Run, Runs
+    from fedsim.targets import Target
 
 TargetOption = Annotated[
     str | None, typer.Option(metavar="COLUMN=VALUE", help="Adds what it took to get there: test_accuracy=0.97.")
@@ -39,8 +40,8 @@ def compare(
     found = load_runs(folders)
     frame = found.summary({goal.column: goal.value} if goal else None)
     _say_runs(frame)
-    if goal is not None and frame["rounds_to_target"].isna().all():
-        console.print(f"no run has reached {goal}")
+    if goal is not None:
+        _say_unreached(goal, found, frame)
     if len(frame) > frame["group"].nunique():
         _say_groups(summaries.over_seeds(frame), "mean over seeds [95 % confidence]")
     if len(differences := summaries.paired(frame)):
@@ -73,17 +74,26 @@ _SHOWN = {
 def _say_runs(frame: pd.DataFrame) -> None:
     """A row a run."""
     measures = [name for name in _SHOWN if name in frame]
-    table = Table("run", "status", "rounds", "seconds", *(_SHOWN[name].title for name in measures), box=None)
+    table = folding("run", "status", "rounds", "seconds", *(_SHOWN[name].title for name in measures))
     for row in frame.to_dict("records"):
         cells = [_SHOWN[name].text(row[name]) for name in measures]
         table.add_row(row["run"], row["status"], str(row["rounds"]), f"{row['seconds']:.1f}", *cells)
     console.print(table)
 
 
+def _say_unreached(goal: Target, runs: Runs, frame: pd.DataFrame) -> None:
+    """Why nobody came to the target, and who could not have."""
+    without = [run.name for run in runs if run.rounds[goal.column].isna().all()]
+    if without:
+        console.print(f"{goal.column} was not recorded by {', '.join(without)}")
+    elif frame["rounds_to_target"].isna().all():
+        console.print(f"no run has reached {goal}")
+
+
 def _say_groups(frame: pd.DataFrame, title: str) -> None:
     """A row a group, a column a measure: its mean and interval, and of how many runs it is."""
     measures = [name for name in _SHOWN if name in set(frame["measure"])]
-    table = Table(title, *(_SHOWN[name].title for name in measures), box=None)
+    table = folding(title, *(_SHOWN[name].title for name in measures))
     for label, rows in frame.groupby("group", sort=False):
         by_measure = {row["measure"]: row for row in rows.to_dict("records")}
         table.add_row(str(label), *(_interval(by_measure.get(name), _SHOWN[name]) for name in measures))
@@ -104,8 +114,12 @@ def _say_parting(runs: Runs) -> None:
     from fedsim.comparison import parting, shown
 
     one, other = runs
-    difference = parting(one, other)
     console.print()
+    try:
+        difference = parting(one, other)
+    except RunFolderError as error:
+        console.print(f"whether they part cannot be said: {error}")
+        return
     if difference is None:
         rounds = [set(run.rounds["round"]) for run in runs]
         both = len(rounds[0] & rounds[1])
@@ -114,7 +128,7 @@ def _say_parting(runs: Runs) -> None:
     else:
         was, now = shown(difference.recorded), shown(difference.computed)
         console.print(f"they part in {difference.where}: {difference.column} is {was} and {now}")
-    table = Table("different in", one.name, other.name, box=None)
+    table = folding("different in", one.name, other.name)
     for key, values in _unlike(one, other):
         table.add_row(key, *map(str, values))
     if table.row_count:

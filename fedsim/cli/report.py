@@ -32,8 +32,8 @@ def report(
     goals = parsed_targets(target)
     folders = paths_of(runs, results)
     from fedsim.reporting import write
-    from fedsim.results import load_run
+    from fedsim.results import load_runs
     from fedsim.views import views
 
-    path = write(views(load_run(folder) for folder in folders), output, goals)
+    path = write(views(load_runs(folders)), output, goals)
     console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, for a browser, also offline")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
     from fedsim.metrics import RoundRecord
@@ -25,6 +26,14 @@ interrupts: list[float] = []
 def count_rounds(number: int) -> str:
     """1 round, 2 rounds."""
     return "1 round" if number == 1 else f"{number} rounds"
+
+
+def folding(*titles: str) -> Table:
+    """A table whose cells break where the terminal is narrow: of a name that is cut off nobody can tell whose it is."""
+    table = Table(box=None)
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
 
 
 def record(recording: Recording, *, quiet: bool) -> None:

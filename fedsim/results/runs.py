@@ -14,7 +14,7 @@ from fedsim import summaries
 from fedsim.config.changes import flat
 from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError
 from fedsim.results.run import Run, load_run
-from fedsim.run_folder import read_info
+from fedsim.run_folder import is_run
 from fedsim.targets import targets
 
 if TYPE_CHECKING:
@@ -83,20 +83,20 @@ class Runs(tuple[Run, ...]):
                 raise
             except RunFolderError as error:
                 damage.append(error)
-        _warn_of(damage, frames)
+        warn_of(damage, frames)
         return pd.concat(frames, ignore_index=True)
 
 
 def find_runs(results: Path) -> list[Path]:
     """The runs' folders in a results folder, by name; what is no run is skipped."""
-    return [folder for folder in sorted(results.glob("[!.]*")) if read_info(folder) is not None]
+    return [folder for folder in sorted(results.glob("[!.]*")) if is_run(folder)]
 
 
 def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
     """Many runs at once; folders that are no run are skipped, damaged runs too, with a `FedsimWarning` for each.
 
     Args:
-        paths: patterns such as "results/*", runs' folders, or folders that hold runs: a sweep's.
+        paths: runs' folders, folders that hold runs, such as a sweep's, or patterns of both: "results/*".
 
     Raises:
         NewerVersionError: one is of a newer fedsim.
@@ -106,28 +106,35 @@ def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
     folders = {folder.resolve(): folder for path in given for folder in _meant(os.fspath(path))}
     found, damage = [], []
     for folder in folders.values():
-        if read_info(folder) is None:
-            continue
         try:
             found.append(load_run(folder))
         except NewerVersionError:
             raise
         except InputError as error:
             damage.append(RunFolderError(f"{folder} cannot be read: {error}"))
-    _warn_of(damage, found)
+    warn_of(damage, found)
     if not found:
-        raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; `fedsim runs` lists them")
+        raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; {_advice(given)}")
     return Runs(found)
 
 
 def _meant(path: str) -> list[Path]:
-    """The folders that a path or a pattern stands for."""
-    if glob.has_magic(path) and not Path(path).exists():
-        return [Path(match) for match in sorted(glob.glob(path))]  # noqa: PTH207 - absolute patterns too
-    return [Path(path)] if read_info(Path(path)) is not None else find_runs(Path(path))
+    """The runs' folders that a path or a pattern stands for."""
+    is_pattern = glob.has_magic(path) and not Path(path).exists()
+    matches = sorted(glob.glob(path)) if is_pattern else [path]  # noqa: PTH207 - absolute patterns too
+    return [folder for match in map(Path, matches) for folder in ([match] if is_run(match) else find_runs(match))]
 
 
-def _warn_of(damage: Sequence[RunFolderError], readable: Sequence[Any]) -> None:
+def _advice(given: Sequence[str | os.PathLike[str]]) -> str:
+    """What to do where nothing that was given is a run."""
+    for path in given:
+        inside = Path("results") / path
+        if is_run(inside) or find_runs(inside):
+            return f"did you mean {inside}?"
+    return "`fedsim runs` lists them"
+
+
+def warn_of(damage: Sequence[RunFolderError], readable: Sequence[Any]) -> None:
     """Names the runs of several that cannot be read; where no other can, the first is an error."""
     if damage and not readable:
         raise damage[0]
