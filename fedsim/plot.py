@@ -4,7 +4,7 @@
     ax.figure.savefig("accuracy.png")
 
 A run may still be going: what is there is drawn. Damaged part files are left out, with a `FedsimWarning` for each.
-`ax=` draws into a figure of your own.
+`ax=` draws into a figure of your own, which keeps its size: make it as high as a long legend below the axes needs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
     """
     shown = views(runs)
     goal = None if target is None else Target("test_accuracy", target)
-    found, ax = groups(shown), _axes(ax)
+    found, is_given, ax = groups(shown), ax is not None, _axes(ax)
     ends = [f": {reached}" for reached in _reached(shown, goal)] if goal else [""] * len(found)
     for place, ((name, members), end) in enumerate(zip(found.items(), ends, strict=True)):
         frame = curve(members, "test_accuracy").astype(float)
@@ -73,7 +73,7 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
         ax.axhline(goal.value, color=NEUTRAL, linewidth=1, linestyle=(0, (1, 2)))
     _dress(ax, "round", "test accuracy (fraction)", shown[0].name if len(shown) == 1 else "")
     if len(shown) > 1 or goal:
-        _legend_below(ax)
+        _legend_below(ax, grows=not is_given)
     return ax
 
 
@@ -140,7 +140,7 @@ def timing(run: Given, *, ax: Axes | None = None) -> Axes:
     shown = view(run)
     whole = seconds(shown)
     frame, width = thinned(whole, _MOST_BARS)
-    ax, total = _axes(ax), whole.to_numpy().sum()
+    is_given, ax, total = ax is not None, _axes(ax), whole.to_numpy().sum()
     below = pd.Series(0.0, frame.index)
     for color, (part, name) in zip(COLORS, PARTS.items(), strict=False):
         share = f", {100 * whole[part].sum() / total:.0f} %" if total > 0 else ""
@@ -158,7 +158,7 @@ def timing(run: Given, *, ax: Axes | None = None) -> Axes:
         below = below + frame[part]
     _dress(ax, "round" if width == 1 else f"round (means of {width})", "time of a round (s)", shown.name)
     ax.set_ylim(bottom=0)
-    _legend_below(ax, columns=2)
+    _legend_below(ax, columns=2, grows=not is_given)
     return ax
 
 
@@ -183,19 +183,32 @@ def _dress(ax: Axes, x: str, y: str, title: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _legend_below(ax: Axes, columns: int = 1) -> None:
-    """Where it hides nothing, however long the names are."""
-    handles, names = ax.get_legend_handles_labels()
-    wrapped = [textwrap.fill(name, 64) for name in names]
-    ax.legend(
+def _legend_below(ax: Axes, columns: int = 1, *, grows: bool) -> None:
+    """Where it hides nothing, however long the names are.
+
+    Args:
+        ax: with what is drawn.
+        columns: of the legend.
+        grows: whether the figure, one of our own, gets the legend's height on top, so that the axes keep theirs.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import ScaledTranslation
+
+    figure, (handles, names) = ax.figure, ax.get_legend_handles_labels()
+    gap = 3.2 * float(ax.xaxis.label.get_fontsize()) / 72  # inches, for the ticks and the name of the axis below them
+    legend = ax.legend(
         handles,
-        wrapped,
+        [textwrap.fill(name, 88 if grows else 64) for name in names],
         frameon=False,
         fontsize="small",
         loc="upper left",
-        bbox_to_anchor=(-0.02, -0.14),
+        bbox_to_anchor=(-0.02, 0),
+        bbox_transform=ax.transAxes + ScaledTranslation(0, -gap, figure.dpi_scale_trans),
         ncols=columns,
     )
+    if grows and isinstance(figure, Figure):
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + legend.get_window_extent().height / figure.dpi)
 
 
 def _reached(shown: list[View], goal: Target) -> list[str]:

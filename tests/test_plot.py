@@ -1,6 +1,7 @@
 """Views of runs, the plots for notebooks, and the recipes: hand-computed, on runs of every state."""
 
 import math
+import warnings
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -207,6 +208,39 @@ def test_a_mean_is_thin_where_some_seeds_have_ended(tmp_path):
 def test_a_target_that_nobody_reached(tmp_path):
     ax = fedsim.plot.accuracy(make(tmp_path / "a"), target=0.99)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["mnist: 0.99 not reached"]
+
+
+def make_groups(folder, count):
+    """Runs of as many groups, which differ in so many keys that a name takes several lines."""
+    for n in range(count):
+        changes = {"training.lr": 0.01 * (n + 1), "training.batch_size": 10 + n % 2, "rounds": 3 + n % 2}
+        changes |= {"data.partition.name": ("iid", "shards")[n % 2], "clients.per_round": 2 + n % 2}
+        make(folder / f"r{n:02}", config=SERIAL.override(changes))
+    return folder / "*"
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 20])
+def test_a_legend_is_in_the_figure_however_many_groups_there_are(tmp_path, count):
+    ax = fedsim.plot.accuracy(make_groups(tmp_path, count), target=0.7)
+    with warnings.catch_warnings(action="error"):  # matplotlib's, where there is no room for all
+        ax.figure.canvas.draw()
+    legend, figure = ax.get_legend().get_window_extent(), ax.figure.bbox
+    assert legend.y0 >= figure.y0
+    assert legend.x1 <= figure.x1
+    assert legend.y1 < ax.xaxis.label.get_window_extent().y0, "below the axes"
+    assert ax.bbox.height > 3 * ax.figure.dpi, "the axes keep their height"
+    names = [text.get_text().replace("\n", " ") for text in ax.get_legend().get_texts()]
+    assert [name.endswith(": 0.7 in 2.0 rounds") for name in names] == [True] * count
+
+
+def test_a_figure_of_the_users_keeps_its_size(tmp_path):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 8), layout="constrained")
+    fedsim.plot.accuracy(make_groups(tmp_path, 8), target=0.7, ax=left)
+    fedsim.plot.timing(tmp_path / "r00", ax=right)
+    with warnings.catch_warnings(action="error"):
+        figure.canvas.draw()
+    assert figure.get_size_inches().tolist() == [12, 8]
+    assert left.get_legend().get_window_extent().y0 >= 0
 
 
 def test_clients_draws_the_median_and_bands(tmp_path):
