@@ -17,7 +17,7 @@ import pandas as pd
 
 from fedsim.datasets import Dataset
 from fedsim.palette import COLORS, NEUTRAL, look
-from fedsim.summaries import by_number, curve, groups, over_seeds, summary
+from fedsim.summaries import by_number, curve, groups, one_a_seed, over_seeds, summary
 from fedsim.targets import Target
 from fedsim.views import PARTS, Given, View, labels, measure, quantiles, seconds, thinned, view, views
 
@@ -37,7 +37,7 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
     """Test accuracy by round, a line for each group of runs that differ in their seed only.
 
     The line is the mean over the seeds, thin where some of them have ended; the band is its confidence interval (see
-    `statistics`).
+    `statistics`). Of several runs of one seed, the longest counts.
 
     Args:
         runs: runs, their folders, or patterns such as "results/*".
@@ -52,6 +52,7 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
     found, is_given, ax = groups(shown), ax is not None, _axes(ax)
     ends = [f": {reached}" for reached in _reached(shown, goal)] if goal else [""] * len(found)
     for place, ((name, members), end) in enumerate(zip(found.items(), ends, strict=True)):
+        members = one_a_seed(members)
         frame = curve(members, "test_accuracy").astype(float)
         color, dash = look(place)
         marker, seeds = "o" if len(frame) <= _FEW else "", f" ({len(members)} seeds)" if len(members) > 1 else ""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -51,7 +51,10 @@ class Read(Protocol):
         ...
 
 
-def groups(runs: Sequence[Read]) -> dict[str, list[Read]]:
+R = TypeVar("R", bound=Read)
+
+
+def groups(runs: Sequence[R]) -> dict[str, list[R]]:
     """Runs that differ in their seed at most, named after the keys in which the groups differ.
 
     Neither the run's name nor where and how carefully it was computed makes a difference; own parts do, by their names.
@@ -61,16 +64,41 @@ def groups(runs: Sequence[Read]) -> dict[str, list[Read]]:
     for one in keys:
         for key, seen in values.items():
             seen.add(repr(one.get(key)))
-    found: dict[str, list[Read]] = {}
+    found: dict[str, list[R]] = {}
     for run, one in zip(runs, keys, strict=True):
         label = ", ".join(f"{key}={value}" for key, value in one.items() if len(values[key]) > 1) or run.config.name
         found.setdefault(label, []).append(run)
     return found
 
 
+def one_a_seed(runs: Sequence[R]) -> list[R]:
+    """Of runs of one group, those that count: the longest of each seed, of equally long ones the first.
+
+    Others would be the same run again.
+    """
+    return [
+        runs[place] for place in _counted([run.config.seed for run in runs], [_rounds_done(run.rounds) for run in runs])
+    ]
+
+
+def left_out(summary: pd.DataFrame) -> str:
+    """Says which runs count in no mean, since another of their group and seed does; "" where all count.
+
+    Args:
+        summary: from `summary`.
+    """
+    chosen = _one_a_seed(summary)
+    counted = dict(zip(_group_and_seed(chosen), chosen["run"], strict=True))
+    others = summary.drop(index=chosen.index)
+    said = [f"{run} (for {counted[key]})" for run, key in zip(others["run"], _group_and_seed(others), strict=True)]
+    if not said:
+        return ""
+    return f"Left out of means, for a run of the same group and seed that is at least as long: {', '.join(said)}."
+
+
 def _what_is_computed(run: Read) -> dict[str, Any]:
-    left_out = ("seed", "evaluation.clients")  # the second adds columns and changes none
-    values = {key: value for key, value in computed(run.config).items() if key not in left_out}
+    ignored = ("seed", "evaluation.clients")  # the second adds columns and changes none
+    values = {key: value for key, value in computed(run.config).items() if key not in ignored}
     return values | {f"own {part}": name for part, name in run.info.get("own", {}).items()}
 
 
@@ -101,7 +129,7 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
         "group": label,
         "seed": run.config.seed,
         "status": run.status,
-        "rounds": int(rounds["round"].max()) if len(rounds) else 0,
+        "rounds": _rounds_done(rounds),
         "final_accuracy": accuracy.iloc[-1] if len(accuracy) else math.nan,
         "best_accuracy": accuracy.max() if len(accuracy) else math.nan,
         "best_round": int(rounds["round"].loc[accuracy.index[int(accuracy.to_numpy().argmax())]])
@@ -121,11 +149,15 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
     return row | {name: math.nan if place is None else place for name, place in crossings.items()}
 
 
+def _rounds_done(rounds: pd.DataFrame) -> int:
+    return int(rounds["round"].max()) if len(rounds) else 0
+
+
 def over_seeds(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a group and a measure: the mean over its runs and its confidence interval.
 
     Args:
-        summary: from `summary`. Of runs of one group and seed, which are one run, only the longest counts.
+        summary: from `summary`. Of runs of one group and seed only one counts, see `one_a_seed`.
 
     Returns:
         Columns `group`, `measure`, `mean`, `low`, `high`, `number` (of runs that have the measure), `of` (runs). The
@@ -171,16 +203,28 @@ def paired(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _one_a_seed(summary: pd.DataFrame) -> pd.DataFrame:
-    """The longest run of each group and seed, in the order given."""
-    longest = summary.sort_values("rounds", ascending=False, kind="stable").drop_duplicates(["group", "seed"])
-    return longest.sort_index()
+    """The rows of the runs that count, see `one_a_seed`, of all groups."""
+    return summary.iloc[_counted(_group_and_seed(summary), summary["rounds"].tolist())]
+
+
+def _group_and_seed(summary: pd.DataFrame) -> list[tuple[str, int]]:
+    return list(zip(summary["group"], summary["seed"], strict=True))
+
+
+def _counted(keys: Sequence[Hashable], rounds: Sequence[int]) -> list[int]:
+    """The places of the longest run of each key, in their order; of equally long ones the first."""
+    longest: dict[Hashable, int] = {}
+    for place, key in enumerate(keys):
+        if key not in longest or rounds[place] > rounds[longest[key]]:
+            longest[key] = place
+    return sorted(longest.values())
 
 
 def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:
     """The mean of a column by round over runs, with its confidence interval.
 
     Args:
-        runs: of one group.
+        runs: of one group; see `one_a_seed`.
         column: of rounds.parquet; a number.
 
     Returns:
@@ -192,12 +236,7 @@ def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:
     import pandas as pd
 
     check_column(column)
-    longest: dict[int, pd.DataFrame] = {}  # of each seed: others would be the same run again
-    for run in runs:
-        rounds, seed = run.rounds, run.config.seed
-        if seed not in longest or len(rounds) > len(longest[seed]):
-            longest[seed] = rounds
-    frames = [rounds.set_index("round")[column].rename(seed) for seed, rounds in longest.items()]
+    frames = [run.rounds.set_index("round")[column].rename(run.config.seed) for run in one_a_seed(runs)]
     values = pd.concat(frames, axis=1)
     values = values.dropna(how="all").sort_index()
     rows = [interval([x for x in row if not math.isnan(x)])._asdict() for row in values.astype(float).to_numpy()]

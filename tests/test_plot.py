@@ -194,6 +194,16 @@ def test_accuracy_draws_a_line_a_group_with_its_band(tmp_path):
     ]
 
 
+def test_a_seed_counts_once(tmp_path):
+    for name, seed, last in (("a", 0, 1), ("a-2", 0, 3), ("b", 1, 3)):
+        make(tmp_path / name, [round_row(round) for round in range(last + 1)], config=SERIAL.override({"seed": seed}))
+    (text,) = fedsim.plot.accuracy([tmp_path / "a", tmp_path / "a-2"]).get_legend().get_texts()
+    assert text.get_text() == "mnist"
+    ax = fedsim.plot.accuracy(tmp_path / "*", target=0.5)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["mnist (2 seeds): 0.5 in 0.9 rounds"]
+    assert len(ax.get_lines()) == 2, "the mean, to its end, and the target"
+
+
 def test_a_mean_is_thin_where_some_seeds_have_ended(tmp_path):
     for seed, last in enumerate((2, 4)):
         rows = [round_row(round, test_accuracy=0.1 * (1 + round)) for round in range(last + 1)]

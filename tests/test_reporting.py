@@ -377,6 +377,31 @@ def test_groups_of_seeds_are_a_line_each(tmp_path):
     assert page.trace("Time of a mean round", "evaluation")["x"] == [0.5, 0.5, 0.5, pytest.approx(1 / 3, rel=1e-4)]
 
 
+def test_a_seed_counts_once_and_the_page_says_for_which_run(tmp_path):
+    clients = [client_row(1, client, train_loss=9.0) for client in range(3)]
+    make(tmp_path / "a", [round_row(round, test_accuracy=0.1) for round in range(2)], clients)
+    make(tmp_path / "a-2", [round_row(round, test_accuracy=0.3) for round in range(4)])
+    make(tmp_path / "b", config=SERIAL.override({"training.lr": 0.5}))
+    page = page_of(tmp_path / "*")
+    assert "A: training.lr=0.1 0.3 1 B: training.lr=0.5" in page.text[""], "no 2 seeds"
+    said = "Left out of means, for a run of the same group and seed that is at least as long: a (for a-2)."
+    assert said in page.text[""]
+    assert page.trace("Test accuracy", "A")["y"] == pytest.approx([0.3] * 4)
+    assert page.trace("Training loss. ", "A")["y"] == pytest.approx([1.1, 1.2, 1.3])
+    assert "Shown: one run of each group." in page.text["Participation"]
+    assert "a-2, b: rounds of each client" in page.text["Participation"]
+    assert "Left out" not in page_of(tmp_path / "a-2", tmp_path / "b").text[""]
+
+
+def test_the_runs_are_said_with_the_letters_of_their_groups(tmp_path):
+    for name, changes in (("x", {"seed": 1}), ("y", {"training.lr": 0.5}), ("z", {})):
+        make(tmp_path / name, config=SERIAL.override(changes))
+    words = page_of(tmp_path / "*").text[""]
+    assert "run group status seed" in words
+    assert re.findall(r"([xyz]) ([AB]) finished (\d)", words) == [("x", "A", "1"), ("y", "B", "0"), ("z", "A", "0")]
+    assert "run status seed" in page_of(tmp_path / "x", tmp_path / "z").text[""], "of one group: no letters"
+
+
 def test_a_mean_is_thin_where_some_seeds_have_ended(tmp_path):
     for seed, last in enumerate((2, 4)):
         rows = [round_row(round, test_accuracy=0.1 * (1 + round)) for round in range(last + 1)]

@@ -102,6 +102,28 @@ def test_a_seed_counts_once():
     assert summaries.curve(runs, "test_accuracy")["number"].tolist() == [2, 2]
 
 
+def test_of_a_seed_the_longest_run_counts_and_the_others_are_named():
+    """Long is what came to the later round: by one rule, whoever asks."""
+
+    class Damaged(Stub):
+        @property
+        def rounds(self):
+            return super().rounds.drop(index=[0, 1])
+
+    runs = [Stub("a", [0.1, 0.2, 0.3]), Damaged("a-2", [0.1, 0.3, 0.4, 0.5]), Stub("a-3", [0.1, 0.2, 0.3, 0.4])]
+    runs += [Stub("b", [0.1], seed=1)]
+    other = Stub("c", [0.1], **{"training.lr": 0.5})
+    frame = summaries.summary([*runs, other])
+    assert [run.name for run in summaries.one_a_seed(runs)] == ["a-2", "b"], "of equally long ones the first"
+    (final,) = summaries.over_seeds(frame).query("measure == 'final_accuracy' and group.str.endswith('0.1')")["mean"]
+    assert final == pytest.approx((0.5 + 0.1) / 2)
+    assert summaries.curve(runs, "test_accuracy").index.tolist() == [0, 2, 3]
+    assert summaries.left_out(frame) == (
+        "Left out of means, for a run of the same group and seed that is at least as long: a (for a-2), a-3 (for a-2)."
+    )
+    assert summaries.left_out(summaries.summary([*runs[2:], other])) == ""
+
+
 def test_where_rounds_are_missing_nothing_is_said_of_the_target():
     class Damaged(Stub):
         @property

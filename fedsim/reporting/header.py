@@ -12,7 +12,7 @@ from typing import Any
 from fedsim.reporting import html
 from fedsim.reporting.shown import Shown
 from fedsim.statistics import LEVEL, Interval
-from fedsim.summaries import over_seeds, summary
+from fedsim.summaries import left_out, over_seeds, summary
 from fedsim.views import View
 
 STATUSES = {"finished": "finished", "running": "still going", "failed": "failed", "interrupted": "interrupted"}
@@ -99,7 +99,7 @@ def _groups(shown: Shown) -> str:
         )
         said = f"{highest} Runs: {said}"
     rows = [[label, str(end) if end.number else "none yet", end.number] for label, end in ends.items()]
-    headers = ["group", f"last test accuracy: mean [{LEVEL:.0%} interval]", "runs"]
+    headers = ["group", f"last test accuracy: mean [{LEVEL:.0%} interval]", "seeds"]
     return html.paragraph(f"{said}.", "outcome") + html.table(headers, rows)
 
 
@@ -110,10 +110,16 @@ def _accuracy(row: Mapping[Hashable, Any]) -> Interval:
 
 
 def _runs(shown: Shown) -> str:
+    """A row a run, with the letter of its group, and which of them are in no mean."""
+    frame = summary(shown.runs)
     rows: list[list[object]] = []
-    for run, row in zip(shown.runs, summary(shown.runs).to_dict("records"), strict=True):
-        rounds = f"{row['rounds']}/{run.config.rounds}"
-        measures = [row[name] for name in ("final_accuracy", "best_accuracy", "seconds")]
-        rows.append([run.name, _state(run), row["seed"], rounds, *measures, _time(run.info.get("started_at", ""))])
-    headers = ["run", "status", "seed", "rounds", "last accuracy", "best accuracy", "seconds", "started"]
-    return html.table(headers, rows)
+    letters = {group.name: [group.letter] for group in shown.groups if group.letter}
+    for run, row in zip(shown.runs, frame.to_dict("records"), strict=True):
+        cells: list[object] = [run.name, *letters.get(row["group"], []), _state(run), row["seed"]]
+        cells.append(f"{row['rounds']}/{run.config.rounds}")
+        cells += [row[name] for name in ("final_accuracy", "best_accuracy", "seconds")]
+        rows.append([*cells, _time(run.info.get("started_at", ""))])
+    headers = ["run", *(["group"] if letters else []), "status", "seed", "rounds"]
+    headers += ["last accuracy", "best accuracy", "seconds", "started"]
+    said = left_out(frame)
+    return html.table(headers, rows) + (html.paragraph(said, "quiet") if said else "")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fedsim.palette import look
 from fedsim.reporting import html
-from fedsim.summaries import groups
+from fedsim.summaries import groups, one_a_seed
 from fedsim.targets import Target
 from fedsim.views import View
 
@@ -25,6 +25,7 @@ class Group(NamedTuple):
     """What it is called where there is little room: A, B, ..., Z, A2, ...; "" where there is one group."""
     name: str
     runs: list[View]
+    """Those that count: one a seed."""
     color: str
     dash: str
 
@@ -50,10 +51,9 @@ class Shown:
     @cached_property
     def groups(self) -> list[Group]:
         """See `summaries.groups`; a run alone is called by its name."""
-        found = groups(self.runs) if len(self.runs) > 1 else {self.runs[0].name: self.runs}
-        of = {id(run): run for run in self.runs}
+        found = groups(self.runs) if len(self.runs) > 1 else {self.runs[0].name: list(self.runs)}
         return [
-            Group(_letter(place) if len(found) > 1 else "", name, [of[id(run)] for run in members], *look(place))
+            Group(_letter(place) if len(found) > 1 else "", name, one_a_seed(members), *look(place))
             for place, (name, members) in enumerate(found.items())
         ]
 
@@ -64,7 +64,7 @@ class Shown:
 
     @property
     def first(self) -> list[View]:
-        """The first run of each group, for what is shown of single runs."""
+        """The first run of each group that counts, for what is shown of single runs."""
         return [group.runs[0] for group in self.groups][:MOST_SHOWN]
 
     def titled(self, runs: Sequence[View], title: str) -> str:
@@ -75,8 +75,8 @@ class Shown:
         """Says which runs are shown, where not all are."""
         if len(self.first) == len(self.runs):
             return ""
-        of = f" of the first {MOST_SHOWN} groups" if len(self.groups) > MOST_SHOWN else " of each group"
-        return html.paragraph(f"Shown: the first run{of}.", "quiet")
+        of = f"of the first {MOST_SHOWN} groups" if len(self.groups) > MOST_SHOWN else "group"
+        return html.paragraph(f"Shown: one run of each {of}.", "quiet")
 
     def legend(self) -> str:
         """Which line is which group; nothing where there is one."""
