@@ -108,6 +108,11 @@ CLIENT_COLUMNS = (
 )
 
 
+def is_of_clients_evaluation(column: str) -> bool:
+    """Whether a column of either table is recorded with `evaluation.clients=true` only."""
+    return column.startswith(("accuracy_before", "accuracy_after", "loss_before", "loss_after"))
+
+
 def _schema(columns: tuple[Column, ...]) -> pa.Schema:
     fields = []
     for column in columns:

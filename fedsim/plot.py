@@ -19,7 +19,7 @@ from fedsim.datasets import Dataset
 from fedsim.palette import COLORS, NEUTRAL, look
 from fedsim.summaries import by_number, curve, groups, one_a_seed, over_seeds, summary
 from fedsim.targets import Target
-from fedsim.views import PARTS, Given, View, labels, measure, quantiles, seconds, thinned, view, views
+from fedsim.views import PARTS, Given, View, check_measured, labels, measure, quantiles, seconds, thinned, view, views
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,9 +112,10 @@ def clients(run: Given, column: str = "train_loss", *, ax: Axes | None = None) -
         ax: where to draw; None makes a figure.
 
     Raises:
-        InputError: it is no run, or no such column.
+        InputError: it is no run, there is no such column, or it is empty.
     """
     shown, known = view(run), measure(column)
+    check_measured(shown, column)
     frame, ax = quantiles([shown], column), _axes(ax)
     for low, high, alpha, name in ((0.05, 0.95, 0.15, "5 to 95 %"), (0.25, 0.75, 0.3, "25 to 75 %")):
         ax.fill_between(

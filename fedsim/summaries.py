@@ -90,10 +90,10 @@ def left_out(summary: pd.DataFrame) -> str:
     chosen = _one_a_seed(summary)
     counted = dict(zip(_group_and_seed(chosen), chosen["run"], strict=True))
     others = summary.drop(index=chosen.index)
-    said = [f"{run} (for {counted[key]})" for run, key in zip(others["run"], _group_and_seed(others), strict=True)]
-    if not said:
-        return ""
-    return f"Left out of means, for a run of the same group and seed that is at least as long: {', '.join(said)}."
+    said = [
+        f"{run} is left out for {counted[key]}" for run, key in zip(others["run"], _group_and_seed(others), strict=True)
+    ]
+    return f"Of runs of one group and seed the longest counts in means: {', '.join(said)}." if said else ""
 
 
 def _what_is_computed(run: Read) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsim.config import Config
 from fedsim.errors import InputError
-from fedsim.metrics import ROUND_COLUMNS
+from fedsim.metrics import ROUND_COLUMNS, is_of_clients_evaluation
 
 _ENDINGS = ("loss", "accuracy", "accuracy_before_mean", "accuracy_after_mean", "worst_decile")
 MEASURES = tuple(c.name for c in ROUND_COLUMNS if c.name.endswith(_ENDINGS))
@@ -66,7 +66,7 @@ class Target:
         Raises:
             InputError: it never has the column.
         """
-        if self.column.startswith("accuracy_") and not config.evaluation.clients:
+        if is_of_clients_evaluation(self.column) and not config.evaluation.clients:
             raise InputError(f"{self} is never reached without evaluation.clients=true: set that, or another target")
 
     def is_reached(self, row: Mapping[str, Any]) -> bool:

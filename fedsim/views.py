@@ -17,7 +17,7 @@ from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError
 from fedsim.experiment import split
-from fedsim.metrics import CLIENT_COLUMNS, Column
+from fedsim.metrics import CLIENT_COLUMNS, Column, is_of_clients_evaluation
 from fedsim.resolution import resolve
 from fedsim.results import Run, load_runs, read
 from fedsim.results.runs import warn_of
@@ -134,6 +134,21 @@ def measure(column: str) -> Column:
     if column not in known:
         raise InputError(f"{column!r} is no column of clients to be drawn; there are {', '.join(known)}")
     return known[column]
+
+
+def check_measured(run: View, column: str) -> None:
+    """Lets pass a column of clients that a run has, or may have after its first round.
+
+    Raises:
+        InputError: it is empty.
+    """
+    values = run.clients.loc[run.clients["status"] == "completed", column]
+    if np.isfinite(values.astype(float)).any():
+        return
+    if is_of_clients_evaluation(column) and not run.config.evaluation.clients:
+        raise InputError(f"{column} is empty in {run.name}: evaluation.clients=true records it")
+    if len(run.clients):
+        raise InputError(f"{column} is empty in {run.name}: no client that completed has a finite value")
 
 
 def quantiles(runs: Sequence[View], column: str) -> pd.DataFrame:

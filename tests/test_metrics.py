@@ -14,6 +14,7 @@ from fedsim.metrics import (
     SCHEMA_VERSION,
     ClientRecord,
     RoundRecord,
+    is_of_clients_evaluation,
     table,
 )
 
@@ -167,6 +168,11 @@ def test_units_belong_to_names(contract, columns, schema, record):
             assert unit == "steps"
         else:
             assert unit == ""
+
+
+def test_what_the_clients_evaluation_records_came_with_the_second_version():
+    columns = (*ROUND_COLUMNS, *CLIENT_COLUMNS)
+    assert [c.name for c in columns if is_of_clients_evaluation(c.name)] == [c.name for c in columns if c.since == 2]
 
 
 @both

@@ -93,7 +93,8 @@ def test_runs_of_an_earlier_fedsim_are_as_those_of_this_one(tmp_path, rows):
     old = views.view(folder)
     pd.testing.assert_frame_equal(old.rounds, new.rounds)
     pd.testing.assert_frame_equal(old.clients, new.clients)
-    assert len(fedsim.plot.clients(folder, "accuracy_before").get_lines()[0].get_xdata()) == 0
+    with pytest.raises(InputError, match=r"accuracy_before is empty in a: evaluation\.clients=true records it"):
+        fedsim.plot.clients(folder, "accuracy_before")
 
 
 def test_clients_of_a_round_that_is_not_there_yet_are_left_out(tmp_path):
@@ -270,6 +271,27 @@ def test_clients_draws_their_own_evaluation(column):
     (median,) = ax.get_lines()
     assert median.get_ydata().tolist() == pytest.approx(run.clients.groupby("round")[column].median().tolist())
     assert ax.get_ylabel() == f"{column} (fraction)"
+
+
+@pytest.mark.parametrize("column", ["loss_before", "accuracy_before", "loss_after", "accuracy_after"])
+def test_a_column_that_was_never_recorded_is_refused(tmp_path, column):
+    with pytest.raises(InputError, match=rf"^{column} is empty in a: evaluation\.clients=true records it$"):
+        fedsim.plot.clients(make(tmp_path / "a"), column)
+    assert plt.get_fignums() == [], "nor are there empty axes"
+
+
+def test_a_column_without_a_number_is_refused(tmp_path):
+    rows = [client_row(1, 0, train_loss=math.inf), client_row(1, 1, train_loss=None, status="failed")]
+    folder = make(tmp_path / "a", clients=rows)
+    with pytest.raises(InputError, match=r"^train_loss is empty in a: no client that completed has a finite value$"):
+        fedsim.plot.clients(folder)
+    assert fedsim.plot.clients(folder, "fit_s").get_lines()[0].get_xdata().tolist() == [1]
+
+
+def test_a_run_that_may_record_a_column_yet_has_empty_axes(tmp_path):
+    config = SERIAL.override({"evaluation.clients": True})
+    folder = make(tmp_path / "a", [round_row(0)], config=config, status="running")
+    assert len(fedsim.plot.clients(folder, "accuracy_before").get_lines()[0].get_xdata()) == 0
 
 
 @pytest.mark.parametrize("column", ["loss", "status", "client_id", "pid"])

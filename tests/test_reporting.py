@@ -218,6 +218,15 @@ def test_targets_are_reached_or_not(tmp_path):
     assert len(page.chart("Test accuracy")["layout"]["shapes"]) == 1
 
 
+def test_a_target_that_was_never_measured_is_not_recorded(tmp_path, evaluated):
+    without = make(tmp_path / "a")
+    assert "a not recorded" in page_of(without, target={"accuracy_before_mean": 1.0}).text["Rounds to target"]
+    page = page_of(without, evaluated[0], path=tmp_path / "page.html", target={"accuracy_before_mean": 1.0})
+    words = page.text["Rounds to target"]
+    assert re.findall(r" (a|fair) (not \w+)", words) == [("a", "not recorded"), ("fair", "not reached")]
+    assert re.findall(r" (A|B): .*? (not \w+) 0 of 1", words) == [("A", "not recorded"), ("B", "not reached")]
+
+
 def test_a_target_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be a target"):
         fedsim.report(make(tmp_path / "a"), target={"accuracy": 0.9})
@@ -384,13 +393,13 @@ def test_a_seed_counts_once_and_the_page_says_for_which_run(tmp_path):
     make(tmp_path / "b", config=SERIAL.override({"training.lr": 0.5}))
     page = page_of(tmp_path / "*")
     assert "A: training.lr=0.1 0.3 1 B: training.lr=0.5" in page.text[""], "no 2 seeds"
-    said = "Left out of means, for a run of the same group and seed that is at least as long: a (for a-2)."
+    said = "Of runs of one group and seed the longest counts in means: a is left out for a-2."
     assert said in page.text[""]
     assert page.trace("Test accuracy", "A")["y"] == pytest.approx([0.3] * 4)
     assert page.trace("Training loss. ", "A")["y"] == pytest.approx([1.1, 1.2, 1.3])
     assert "Shown: one run of each group." in page.text["Participation"]
     assert "a-2, b: rounds of each client" in page.text["Participation"]
-    assert "Left out" not in page_of(tmp_path / "a-2", tmp_path / "b").text[""]
+    assert "left out" not in page_of(tmp_path / "a-2", tmp_path / "b").text[""]
 
 
 def test_the_runs_are_said_with_the_letters_of_their_groups(tmp_path):

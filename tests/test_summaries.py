@@ -119,7 +119,7 @@ def test_of_a_seed_the_longest_run_counts_and_the_others_are_named():
     assert final == pytest.approx((0.5 + 0.1) / 2)
     assert summaries.curve(runs, "test_accuracy").index.tolist() == [0, 2, 3]
     assert summaries.left_out(frame) == (
-        "Left out of means, for a run of the same group and seed that is at least as long: a (for a-2), a-3 (for a-2)."
+        "Of runs of one group and seed the longest counts in means: a is left out for a-2, a-3 is left out for a-2."
     )
     assert summaries.left_out(summaries.summary([*runs[2:], other])) == ""
 

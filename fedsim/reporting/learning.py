@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from fedsim.reporting import charts, html
 from fedsim.reporting.charts import Line
@@ -10,6 +11,7 @@ from fedsim.reporting.shown import Shown
 from fedsim.statistics import LEVEL, Interval
 from fedsim.summaries import by_number, curve, over_seeds, summary
 from fedsim.targets import Target
+from fedsim.views import View
 
 CURVES = {
     "test_accuracy": ("Test accuracy", "fraction"),
@@ -86,12 +88,11 @@ def _target(shown: Shown, target: Target) -> str:
     frame = summary(shown.runs, target)
     name = f"{target.column} {'≥' if target.is_accuracy else '≤'} {target.value:g}"
     rows: list[list[object]] = []
-    for row in frame.to_dict("records"):
+    for run, row in zip(shown.runs, frame.to_dict("records"), strict=True):
         rounds, seconds, payload = (row[f"{what}_to_target"] for what in ("rounds", "seconds", "bytes"))
         is_there = not math.isnan(rounds)
-        rows.append(
-            [row["run"], *([round(rounds, 1), seconds, size(payload)] if is_there else ["not reached", "", ""])]
-        )
+        cells = [round(rounds, 1), seconds, size(payload)] if is_there else [_missed([run], target), "", ""]
+        rows.append([run.name, *cells])
     made = html.table(["run", "rounds", "seconds of rounds", "payload"], rows, name)
     if shown.is_one:
         return made
@@ -101,7 +102,9 @@ def _target(shown: Shown, target: Target) -> str:
     for group in shown.groups:
         row = found[group.name]
         end = Interval(row["mean"], row["low"], row["high"], row["number"])
-        rows.append([group.label, str(end) if end.number else "not reached", f"{end.number} of {row['of']}"])
+        rows.append(
+            [group.label, str(end) if end.number else _missed(group.runs, target), f"{end.number} of {row['of']}"]
+        )
     reached = frame["rounds_to_target"].notna().sum()
     return (
         html.paragraph(f"{reached} of {len(shown.runs)} runs reached {name}.")
@@ -110,6 +113,11 @@ def _target(shown: Shown, target: Target) -> str:
             ["group", f"mean rounds [{LEVEL:.0%} interval]", "runs that reached it"], rows, f"{name}, by group"
         )
     )
+
+
+def _missed(runs: Sequence[View], target: Target) -> str:
+    """Why runs have no round of a target: they did not come to it, or never measured its column."""
+    return "not reached" if any(run.rounds[target.column].notna().any() for run in runs) else "not recorded"
 
 
 def fairness(shown: Shown) -> str | None:
