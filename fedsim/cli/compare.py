@@ -40,6 +40,8 @@ def compare(
     found = load_runs(folders)
     frame = found.summary({goal.column: goal.value} if goal else None)
     _say_runs(frame)
+    if said := summaries.left_out(frame):
+        console.print(said)
     if goal is not None:
         _say_unreached(goal, found, frame)
     if len(frame) > frame["group"].nunique():
