@@ -76,5 +76,14 @@ class ClientError(RunFailedError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its type where it says nothing: others' errors go on for pages."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error says first, or its type where it says nothing: others' errors go on for pages.
+
+    Without its full stop, as the sentence around it goes on.
+    """
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip()
+    return line if line.endswith("..") else line.removesuffix(".")
+
+
+def counted(number: int, what: str) -> str:
+    """1 round, 2 rounds, 1,000 rounds."""
+    return f"{number:,} {what}" + "s" * (number != 1)

@@ -189,7 +189,8 @@ def _placed(run: Run, placement: Mapping[str, Any]) -> Config:
 
 def _layout(placement: Mapping[str, Any]) -> str:
     actors = placement.get("num_actors", placement.get("actors"))
-    return str(placement.get("mode")) + (f" with {actors} actors" if actors and actors != "auto" else "")
+    number = f" with {actors} actor{'s' * (actors != 1)}" if actors and actors != "auto" else ""
+    return f"{placement.get('mode')}{number}"
 
 
 def _named(rounds: range) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedsim.actors import FitResult, Pool
 from fedsim.config import Config
 from fedsim.datasets import Dataset
-from fedsim.errors import DivergedError, RunFailedError
+from fedsim.errors import DivergedError, RunFailedError, counted
 from fedsim.experiment import Experiment, prepare
 from fedsim.fairness import fairness
 from fedsim.launch import connect, open_pool
@@ -99,11 +99,11 @@ def _without_update(x: Experiment, round: int, results: Sequence[FitResult]) -> 
     rejected, lost = [r for r in results if r.update], [r for r in results if not r.update]
     causes = []
     if rejected:
-        causes.append(
-            f"not one of {len(rejected)} updates is finite; training diverged (training.lr = {x.config.training.lr})"
-        )
+        none = f"not one of {len(rejected)} updates is finite" if len(rejected) > 1 else "the only update is not finite"
+        causes.append(f"{none}; training diverged (training.lr = {x.config.training.lr})")
     if lost:
-        causes.append(f"{len(lost)} clients were lost after all retries ({lost[0].error})")
+        were = "was" if len(lost) == 1 else "were"
+        causes.append(f"{counted(len(lost), 'client')} {were} lost after all retries ({lost[0].error})")
     said = f"round {round}: nothing to average: {', and '.join(causes)}"
     return RunFailedError(said) if lost else DivergedError(said)
 

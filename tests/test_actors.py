@@ -256,7 +256,7 @@ def test_a_ray_that_others_use_is_planned_by_what_is_left(shared_ray, monkeypatc
     assert shared_ray.get(other.ready.remote())
     wait_until(lambda: shared_ray.available_resources().get("CPU") == 0.5)
     config = TINY.override({"placement.mode": "packed", "placement.actors": 2, "placement.num_cpus": 0.5})
-    with pytest.raises(PlanError, match=r"2 actors of 0\.5 CPU each need 1 CPUs, but there are 0\.5"):
+    with pytest.raises(PlanError, match=r"2 actors of 0\.5 CPU each need 1 CPU, but there are 0\.5"):
         fedsim.run(config, results=None)
     runs = fedsim.sweep(
         TINY.override({"placement.mode": "packed"}), seeds=[0, 1], results=tmp_path

@@ -335,7 +335,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     [
         ({}, {"clients.count": [4, 1_000_000]}, "1000000"),
         ({"data.partition.name": "shards"}, {"data.partition.shards_per_client": [2, 100_000]}, "shards"),
-        ({"placement.mode": "packed"}, {"placement.num_cpus": [0.1, 100_000]}, "of 100000 CPU each"),
+        ({"placement.mode": "packed"}, {"placement.num_cpus": [0.1, 100_000]}, "of 100000 CPU"),
     ],
 )
 def test_what_only_data_or_machine_refuse_is_refused_before_the_first_run(tmp_path, changes, grid, said):

@@ -8,7 +8,7 @@ from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryEr
 
 from fedsim.actors.calls import Call
 from fedsim.actors.connection import live_node_ids, logs
-from fedsim.errors import FedsimError, RunFailedError, first_line
+from fedsim.errors import FedsimError, RunFailedError, counted, first_line
 from fedsim.failures import Cause
 
 _ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
@@ -52,9 +52,9 @@ def exhausted(call: Call, cause: Cause, reason: str) -> str:
         what = f"client {', '.join(str(task.client_id) for task, _ in call.pieces)} in round {call.pieces[0][0].round}"
     else:
         what = "the evaluation" if call.method == "evaluate" else "starting the actor"
-    times = call.losses.of(cause)
+    times = counted(call.losses.of(cause), "time")
     if cause == "timeout":
-        return f"{what}: {reason}, {times} times; see failures.timeout_s and failures.max_retries"
+        return f"{what}: {reason}, {times}; see failures.timeout_s and failures.max_retries"
     if call.method == "load":
         reason += f"; Ray's logs may say why: {logs()}"
-    return f"{what}: {LOST[cause]}, {times} times ({reason}); see failures.max_retries"
+    return f"{what}: {LOST[cause]}, {times} ({reason}); see failures.max_retries"

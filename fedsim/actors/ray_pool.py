@@ -18,7 +18,7 @@ from fedsim.actors.private import fork_obstacle, free_before_start
 from fedsim.actors.slab import Slab
 from fedsim.client import FitTask, HostInfo, evaluation_chunks, total
 from fedsim.datasets import Dataset
-from fedsim.errors import FedsimWarning, PlanError, RunFailedError
+from fedsim.errors import FedsimWarning, PlanError, RunFailedError, counted
 from fedsim.placement import Plan
 from fedsim.training import Evaluation
 from fedsim.weights import Weights
@@ -217,7 +217,8 @@ def _share(plan: Plan) -> tuple[float, float]:
 
 def _not_forked(number: int) -> str:
     reason = fork_obstacle() or "Ray started them with other settings"
-    return f"{number:,} actors could not be forked ({reason}): they started as plain ones, each with more memory"
+    instead = "it started as a plain one, with" if number == 1 else "they started as plain ones, each with"
+    return f"{counted(number, 'actor')} could not be forked ({reason}): {instead} more memory"
 
 
 def _common_info(infos: list[HostInfo], num_forked: int) -> PoolInfo:

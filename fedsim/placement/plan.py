@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedsim.config import PlacementConfig
-from fedsim.errors import PlanError
+from fedsim.errors import PlanError, counted
 from fedsim.placement.costs import BASE_FILES, BASE_THREADS, COSTS, PLAIN, Cost
 from fedsim.placement.limits import allowed, held_by_memory
 from fedsim.placement.machine import Node
@@ -163,13 +163,14 @@ def _mode(placement: PlacementConfig, size: Size, nodes: tuple[Node, ...], cost:
         reasons.append(f"{placement.mode}: as asked for")
         return placement.mode
     if placement.actors != "auto":
-        reasons.append(f"packed: {placement.actors} actors as asked for")
+        reasons.append(f"packed: {counted(placement.actors, 'actor')} as asked for")
         return "packed"
     clients, free, most = size.num_clients, _free_bytes(nodes), fitting(placement, nodes, cost)
     start_s, needed = _start_s(clients, nodes, cost), _memory_bytes(clients, size, nodes, cost)
+    whom = "the client" if clients == 1 else f"each of {clients:,} clients"
     mode = "actor-per-client" if start_s < START_BUDGET_S and needed <= free / 2 and clients <= most else "packed"
     reasons.append(
-        f"{mode}: an actor for each of {clients:,} clients would start in about {start_s:.0f} s "
+        f"{mode}: an actor for {whom} would start in about {start_s:.0f} s "
         f"(auto takes less than {START_BUDGET_S:.0f} s) and take {_gb(needed)} "
         f"(half of what is free: {_gb(free / 2)})" + (f"; {most:,} fit" if clients > most else "")
     )
@@ -189,11 +190,12 @@ def _num_actors(
     elif placement.actors == "auto":
         cores = sum(min(int(node.num_cpus), fitting(placement, (node,), cost)) for node in nodes)
         actors = max(1, min(cores, size.cohort_size, _held_by_memory(size, nodes, cost)))
-        reasons.append(f"{actors} actors: one a core, and no more than fit or than the {size.cohort_size:,} of a round")
+        said = f"one a core, and no more than fit or than the {size.cohort_size:,} of a round"
+        reasons.append(f"{counted(actors, 'actor')}: {said}")
     else:
         actors = min(placement.actors, size.num_clients)
         if actors < placement.actors:
-            reasons.append(f"{actors} actors: no more than there are clients")
+            reasons.append(f"{counted(actors, 'actor')}: no more than there are clients")
     return actors
 
 
@@ -203,9 +205,9 @@ def _check_limits(actors: int, nodes: tuple[Node, ...], cost: Cost) -> None:
         threads = [f"{n.max_threads:,} threads ({n.threads_limit})" for n in nodes if n.max_threads < UNLIMITED]
         files = [f"{n.max_files:,} open files (ulimit -n)" for n in nodes if n.max_files < UNLIMITED]
         raise PlanError(
-            f"{actors:,} actors need about {BASE_THREADS + actors * cost.threads:,} threads and "
+            f"{_needed(actors)} {BASE_THREADS + actors * cost.threads:,} threads and "
             f"{BASE_FILES + actors * cost.files:,} open files; the limits leave {' and '.join([*threads, *files])}, "
-            f"which allow {most:,} actors: raise them, or {_advice(most)}"
+            f"which allow {counted(most, 'actor')}: raise them, or {_advice(most)}"
         )
 
 
@@ -214,9 +216,13 @@ def _check_memory(actors: int, size: Size, nodes: tuple[Node, ...], cost: Cost) 
     if actors > most:
         server = f", and {_gb(cost.server_bytes)} for what they are forked from" if cost.server_bytes else ""
         raise PlanError(
-            f"{actors:,} actors need about {_gb(_memory_bytes(actors, size, nodes, cost))} of memory "
+            f"{_needed(actors)} {_gb(_memory_bytes(actors, size, nodes, cost))} of memory "
             f"({_gb(cost.num_bytes)} each{server}), but {_gb(_free_bytes(nodes))} are free; {_advice(most)}"
         )
+
+
+def _needed(actors: int) -> str:
+    return f"{counted(actors, 'actor')} need{'s' * (actors == 1)} about"
 
 
 def _advice(most: int) -> str:

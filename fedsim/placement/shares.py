@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedsim.config import PlacementConfig
-from fedsim.errors import PlanError
+from fedsim.errors import PlanError, counted
 from fedsim.placement.costs import Cost
 from fedsim.placement.limits import UNITS, capacity, room
 from fedsim.placement.machine import Node
@@ -30,7 +30,7 @@ def gpu_share(placement: PlacementConfig, actors: int, nodes: tuple[Node, ...], 
         return 0.0
     if capacity(0, placement.num_gpus, nodes) < actors:
         raise PlanError(
-            f"{actors} actors of {placement.num_gpus:g} GPU each do not fit {gpus:g} GPUs"
+            f"{_of(placement.num_gpus, 'GPU', actors)} {'does' if actors == 1 else 'do'} not fit {counted(gpus, 'GPU')}"
             + (f"; at most {share:g} each" if gpus else "; set placement.num_gpus=0")
         )
     return placement.num_gpus
@@ -65,14 +65,26 @@ def cpu_share(placement: PlacementConfig, actors: int, num_gpus: float, nodes: t
         if not any(node.num_cpus for node in nodes):
             raise PlanError(f"no CPU for actors on any node ({cpus}): others use them, or Ray was started without")
         if not best:
-            raise PlanError(f"{actors} actors do not fit {cpus} CPUs: Ray's smallest share is 0.0001; set fewer actors")
+            raise PlanError(
+                f"{actors:,} actors do not fit {_cpus(cpus)}: Ray's smallest share is 0.0001; set fewer actors"
+            )
         return best
     if room(placement.num_cpus, num_gpus, nodes, cost) < actors:
+        needed = actors * placement.num_cpus
         raise PlanError(
-            f"{actors} actors of {placement.num_cpus:g} CPU each need {actors * placement.num_cpus:g} CPUs, "
+            f"{_of(placement.num_cpus, 'CPU', actors)} need{'s' * (actors == 1)} {_cpus(f'{needed:g}')}, "
             f"but there are {cpus}; at most {best:g} each"
         )
     return placement.num_cpus
+
+
+def _of(share: float, unit: str, actors: int) -> str:
+    """1 actor of 2 CPU, 3 actors of 2 CPU each."""
+    return f"{counted(actors, 'actor')} of {share:g} {unit}" + " each" * (actors != 1)
+
+
+def _cpus(number: str) -> str:
+    return f"{number} CPU" + "s" * (number != "1")
 
 
 def _floor(share: float) -> float:
