@@ -23,13 +23,11 @@ def resolve(config: Config, *, own_strategy: bool = False) -> Config:
         ConfigError: see `config.lookup` and `config.arguments`.
     """
     partitioner = lookup(PARTITIONERS, config.data.partition.name, "data.partition.name")
-    changes: dict[str, Any] = {
-        f"data.partition.{name}": value
-        for name, value in arguments(partitioner, config.data.partition.arguments, "data.partition").items()
-    }
+    given = arguments(partitioner, config.data.partition.arguments, "data.partition", PARTITIONERS)
+    changes: dict[str, Any] = {f"data.partition.{name}": value for name, value in given.items()}
     if not own_strategy:
         builder = lookup(STRATEGIES, config.strategy.name, "strategy.name")
-        given = arguments(builder, config.strategy.arguments, "strategy")
+        given = arguments(builder, config.strategy.arguments, "strategy", STRATEGIES)
         changes |= {f"strategy.{name}": value for name, value in given.items()}
     lookup(models.MODELS, config.model.name, "model.name")
     lookup(datasets.DATASETS, config.data.dataset, "data.dataset")

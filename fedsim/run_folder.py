@@ -100,9 +100,16 @@ def path_of(run: str, results: Path) -> Path:
     Raises:
         RunFolderError: it is neither.
     """
-    for folder in (Path(run), results / run):
+    folders = Path(run), results / run
+    for folder in folders:
         if (folder / "run.json").is_file():
             return folder
+    for folder in folders:
+        if inside := _inside(folder):
+            raise RunFolderError(
+                f"{folder} is not a run, it holds runs: name one, such as {inside[0]}; "
+                "a sweep goes on when its command is repeated"
+            )
     raise RunFolderError(
         f"{run!r} is not a run: neither a run's folder nor a name in {results}; `fedsim runs` lists them"
     )
@@ -117,13 +124,18 @@ def paths_of(runs: Sequence[str], results: Path) -> list[Path]:
     found: list[Path] = []
     for run in runs:
         for folder in (Path(run), results / run):
-            inside = sorted(path.parent for path in folder.glob("[!.]*/run.json"))
+            inside = _inside(folder)
             if inside and not (folder / "run.json").exists():
                 found += inside
                 break
         else:
             found.append(path_of(run, results))
     return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The folders of runs in a folder, by name."""
+    return sorted(path.parent for path in folder.glob("[!.]*/run.json"))
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:

@@ -259,7 +259,8 @@ BAD_INPUT = {
     "zero": (sets("clients.count=0"), ["clients.count = 0", "greater than or equal to 1"]),
     "boolean for a count": (sets("clients.count=true"), ["clients.count = True", "integer"]),
     "list for a count": (sets("clients.count=[1, 2]"), ["clients.count = [1, 2]", "integer"]),
-    "number for a boolean": (sets("evaluation.clients=1"), ["evaluation.clients = 1", "boolean"]),
+    "number for a boolean": (sets("evaluation.clients=1"), ["evaluation.clients = 1", "true or false"]),
+    "Python's boolean": (sets("evaluation.clients=False"), ["evaluation.clients = 'False'", "true or false"]),
     "cohort above count": (sets("clients.per_round=11"), ["per_round = 11", "count = 10"]),
     "cohort above one": (sets("clients.per_round=1.5"), ["clients.per_round = 1.5", '"all"', "fraction"]),
     "more clients than data": (sets("clients.count=2001"), ["2001 clients", "2000 training examples"]),
@@ -291,7 +292,10 @@ BAD_INPUT = {
         sets("strategy.name=fedadam", "strategy.beta1=1.0"),
         ["strategy.beta1 = 1.0", "less than 1"],
     ),
-    "unknown strategy argument": (sets("strategy.server_lr=1"), ["strategy.server_lr", "fedavg takes"]),
+    "unknown strategy argument": (
+        sets("strategy.server_lr=1"),
+        ["strategy.server_lr is not known; fedavg takes: none; fedavgm, fedadam take server_lr"],
+    ),
     "engine": (sets("training.engine=vmap"), ["training.engine = 'vmap'", "'auto', 'loop' or 'stacked'"]),
     "failure policy": (sets("failures.on_exhausted=skip"), ["failures.on_exhausted = 'skip'", "'stop'", "'drop'"]),
     "name with a path": (["--name", "a/b"], ["'a/b'", "letters, digits"]),
@@ -630,6 +634,7 @@ def test_a_resume_interrupted_before_it_begins_changes_nothing(call, interrupted
     [
         (["nothing"], "'nothing' is not a run: neither a run's folder nor a name in results; `fedsim runs` lists them"),
         (["foreign"], "foreign is not a run: it has no run.json of fedsim's"),
+        (["results"], "results is not a run, it holds runs: name one, such as results/mnist; a sweep goes on when its"),
         (["mnist", *sets("training.lr=0.5")], "training.lr = 0.5, but the run has 0.1"),
         (["mnist", *sets("rounds=0")], "rounds = 0, but results/mnist has done 1 already"),
         (["mnist", *sets("rounds")], "write it as key=value"),
@@ -779,6 +784,7 @@ def test_anyway_goes_on_and_says_nevertheless_what(call, verified):
     [
         (["verify", "mist"], "'mist' is not a run: neither a run's folder nor a name in results"),
         (["replay", "mist", "--round", "1", "--client", "0"], "'mist' is not a run"),
+        (["verify", "results"], "results is not a run, it holds runs: name one, such as results/mnist"),
         (["verify", "mnist", "--results", "elsewhere"], "nor a name in elsewhere"),
         (["verify", "mnist", "--rounds", "2..9"], "rounds = 2..9: results/mnist has rounds 1 to 3"),
         (["verify", "mnist", "--rounds", "some"], "write a round such as 1, a range such as 1..2, or all"),
@@ -902,6 +908,13 @@ def test_each_command_has_help(call, command):
     assert "--help" in answer.out
 
 
+@pytest.mark.parametrize(
+    ("command", "argument"), [("run", "EXPERIMENT"), ("presets", "PRESET"), ("data fetch", "DATASET")]
+)
+def test_arguments_are_in_capitals(call, command, argument):
+    assert f"Usage: fedsim {command} [OPTIONS] [{argument}]\n" in call(*command.split(), "--help").out
+
+
 def test_the_help_lists_the_commands(call):
     out, names = call("--help").out, ("run", "plan", "resume", "verify", "replay", "presets", "runs", "data")
     assert all(re.search(rf"^ +{name} ", out, re.MULTILINE) for name in names)
@@ -913,7 +926,8 @@ def test_the_help_lists_every_key_with_its_default_and_meaning(call, command):
     all_keys = list(keys())
     assert len(all_keys) > 30
     for key in all_keys:
-        assert f"{key.name} = {key.default!r}: {key.description}" in out
+        assert f"{key.name} = {json.dumps(key.default)}: {key.description}" in out, "as TOML and --set have it"
+    assert "evaluation.clients = false: " in out
     assert all(name in out for name in PRESETS)
 
 
@@ -965,7 +979,7 @@ def test_plan_says_what_would_be_done_and_does_nothing(call, workplace):
     said = {line.split()[0]: line for line in answer.out.splitlines() if not line.startswith("   ")}
     assert "2,000 training examples" in said["data"]
     assert "logistic: 7,850 values" in said["model"]
-    assert "10, of which 3 in each of 7 rounds" in said["clients"]
+    assert "10, of which 3 a round, in 7 rounds" in said["clients"]
     assert "serial" in said["placement"]
     assert listing(workplace) == {}
 
@@ -980,12 +994,32 @@ def test_plan_gives_each_actor_its_share_and_starts_none(call, workplace):
     assert listing(workplace) == {}
 
 
-@pytest.mark.parametrize("results", [None, "nowhere", "empty"])
+def test_plan_counts_one_as_one(call):
+    answer = call("plan", *QUICK, *sets("clients.count=1", "rounds=1"))
+    said = {line.split()[0]: " ".join(line.split()[1:]) for line in answer.out.splitlines()}
+    assert said["data"] == "synthetic: 2,000 training examples, 2,000 a client"
+    assert said["clients"] == "1, of which 1 a round, in 1 round"
+
+
+@pytest.mark.parametrize("results", [None, "empty"])
 def test_a_folder_without_runs_has_none(call, workplace, results):
     Path("empty").mkdir()
     answer = call("runs", *([] if results is None else ["--results", results]))
     assert answer == (0, f"no runs in {results or 'results'}\n", "")
     assert listing(workplace) == {workplace / "empty": None}
+
+
+@pytest.mark.parametrize("results", ["nowhere", "results", "file"])
+def test_a_results_folder_that_is_named_must_be_there(call, workplace, results):
+    Path("file").touch()
+    before = listing(workplace)
+    assert call("runs", "--results", results) == (
+        2,
+        "",
+        f"fedsim: {results} is not a folder; name another with --results\n",
+    )
+    assert "Traceback" in call("runs", "--results", results, "--debug").err
+    assert listing(workplace) == before
 
 
 def test_runs_lists_them_with_status_rounds_and_accuracy(call, monkeypatch):

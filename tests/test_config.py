@@ -343,7 +343,7 @@ WRONG = [  # key, value, what the message says is allowed
     ("placement.address", "", "at least 1 character"),
     ("placement.address", None, "string"),
     ("evaluation.every", 0, "greater than or equal to 1"),
-    ("evaluation.clients", "yes", "boolean"),
+    ("evaluation.clients", "yes", "should be true or false"),
     ("failures.max_retries", -1, "greater than or equal to 0"),
     ("failures.on_exhausted", "skip", "'stop' or 'drop'"),
     ("failures.timeout_s", -1, "greater than or equal to 0"),
@@ -587,6 +587,14 @@ def test_an_unknown_argument_lists_the_known_ones_and_the_closest():
     assert str(caught.value).endswith("(did you mean alpha?)")
     with pytest.raises(ConfigError, match=re.escape("strategy.x is not known; nothing takes: none")):
         arguments(nothing, {"x": 1}, "strategy")
+
+
+def test_an_argument_of_another_entry_names_that():
+    table = {"none": nothing, "first": build, "second": build}
+    with pytest.raises(ConfigError, match=r"s\.alpha is not known; nothing takes: none; first, second take alpha$"):
+        arguments(nothing, {"alpha": 1.0}, "s", table)
+    with pytest.raises(ConfigError, match=r"s\.alfa is not known; nothing takes: none$"):
+        arguments(nothing, {"alfa": 1.0}, "s", table)
 
 
 def test_lookup():

@@ -165,7 +165,7 @@ def test_resolve_leaves_an_unset_address_unset():
         ({"model.name": "resnet"}, r"model\.name = 'resnet' is not known; choose from .*mlp"),
         ({"data.dataset": "mnits"}, r"data\.dataset = 'mnits' .*did you mean mnist\?"),
         ({"data.partition.name": "shard"}, r"data\.partition\.name = 'shard' .*did you mean shards\?"),
-        ({"data.partition.alpha": 0.5}, r"data\.partition\.alpha is not known; iid takes: none"),
+        ({"data.partition.alpha": 0.5}, r"data\.partition\.alpha is not known; iid takes: none; dirichlet takes alpha"),
         ({"strategy.name": "fedsgd"}, r"strategy\.name = 'fedsgd' is not known"),
         ({"strategy.server_lr": 1.0}, r"strategy\.server_lr is not known; fedavg takes: none"),
         ({"strategy.name": "fedavgm", "strategy.server_momentum": 1.0}, r"strategy\.server_momentum = 1\.0: .*less"),

@@ -411,6 +411,17 @@ def test_on_the_command_line(tmp_path, capsys):
     assert len(eval(line.partition("; ")[2], {"fedsim": fedsim})) == 16
 
 
+def test_one_run_is_called_one(tmp_path, capsys):
+    (tmp_path / "small.toml").write_text(SERIAL.to_toml())
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            cli.main(["sweep", str(tmp_path / "small.toml"), "--results", str(tmp_path), "--name", "s"])
+    lines = capsys.readouterr().out.splitlines()
+    folder = tmp_path / "s"
+    counts = [line for line in lines if line.startswith(f"{folder}: ")]
+    assert counts == [f"{folder}: 1 run", f"{folder}: 1 run", f"{folder}: 1 run, of which 1 is finished", counts[0]]
+
+
 def test_runs_lists_it_with_how_far_it_is(tmp_path, capsys):
     fedsim.run(SERIAL, results=tmp_path, name="alone")
     fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, name="swept")
@@ -428,6 +439,11 @@ def test_runs_lists_it_with_how_far_it_is(tmp_path, capsys):
         (["--grid", "training.lr="], "write it as key=a,b,c"),
         (["--grid", "training.lr=,"], "write it as key=a,b,c"),
         (["--grid", "training.lr=1", "--grid", "training.lr=2"], "is there twice"),
+        (
+            ["--grid", "training.lr=0.1,0.2", "--set", "training.lr=0.3"],
+            "training.lr is in --set and in --grid training.lr: leave out one of the two",
+        ),
+        (["--seeds", "0..1", "--set", "seed=3"], "seed is in --set and in --seeds: leave out one of the two"),
         (["--seeds", "3..1"], "write a range such as 0..4"),
         (["--seeds", "a"], "write a range such as 0..4"),
         (["--seeds", "0..99999999"], "write a range such as 0..4"),

@@ -34,7 +34,6 @@ from fedsim.cli.options import (
 )
 from fedsim.cli.terminal import (
     console,
-    count_rounds,
     fail,
     folding,
     interrupted,
@@ -43,7 +42,7 @@ from fedsim.cli.terminal import (
     say_outcome,
     say_start,
 )
-from fedsim.errors import FedsimError, FedsimWarning, first_line
+from fedsim.errors import FedsimError, FedsimWarning, RunFolderError, counted, first_line
 from fedsim.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -114,12 +113,13 @@ def plan(
 
     x = prepare(configuration(experiment_name, changes, address))
     made = preview(x)
-    sizes = x.partition.num_examples
+    clients, rounds = f"{x.config.clients.count:,}", counted(x.config.rounds, "round")
+    smallest, largest = x.partition.num_examples.min(), x.partition.num_examples.max()
+    sizes = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
     rows = {
-        "data": f"{x.dataset.name}: {len(x.dataset.train_labels):,} training examples, "
-        f"{sizes.min():,} to {sizes.max():,} a client",
+        "data": f"{x.dataset.name}: {len(x.dataset.train_labels):,} training examples, {sizes} a client",
         "model": f"{x.config.model.name}: {x.layout.num_values:,} values, {x.model_bytes / 1e6:.1f} MB",
-        "clients": f"{x.config.clients.count:,}, of which {x.cohort_size:,} in each of {count_rounds(x.config.rounds)}",
+        "clients": f"{clients}, of which {x.cohort_size:,} a round, in {rounds}",
         **_plan_rows(made, _engine(x, made)),
     }
     table = Table(box=None, show_header=False)
@@ -137,7 +137,9 @@ app.command()(report.report)
 
 
 @app.command()
-def presets(name: Annotated[str | None, typer.Argument(help="Prints this preset as TOML.")] = None) -> None:
+def presets(
+    name: Annotated[str | None, typer.Argument(metavar="PRESET", help="Prints this one as TOML.")] = None,
+) -> None:
     """Lists the presets, or prints one as TOML."""
     if name is not None:
         values = preset(name).to_dict()
@@ -151,8 +153,15 @@ def presets(name: Annotated[str | None, typer.Argument(help="Prints this preset 
 
 
 @app.command()
-def runs(results: ResultsOption = Path("results")) -> None:
+def runs(
+    context: typer.Context,
+    results: ResultsOption = Path("results"),
+    debug: DebugOption = False,  # read by `main`
+) -> None:
     """Lists the runs of a results folder, with their status and last accuracy, and its sweeps."""
+    source = context.get_parameter_source("results")
+    if source and source.name == "COMMANDLINE" and not results.is_dir():  # the default comes with the first run
+        raise RunFolderError(f"{results} is not a folder; name another with --results")
     from fedsim.results import find_runs, load_run
     from fedsim.run_folder import is_run, read_info
 
@@ -180,7 +189,7 @@ def runs(results: ResultsOption = Path("results")) -> None:
 
 
 @data_app.command()
-def fetch(name: Annotated[str, typer.Argument(help="mnist, fashion_mnist")] = "mnist") -> None:
+def fetch(name: Annotated[str, typer.Argument(metavar="DATASET", help="mnist, fashion_mnist")] = "mnist") -> None:
     """Gets a data set once, and checks it."""
     from fedsim import datasets
 
@@ -253,8 +262,8 @@ def _plan_rows(made: Plan, engine: str) -> dict[str, str]:
     rows = {"engine": engine, "placement": made.mode + on_gpu}
     if made.num_actors:
         share = f"{made.num_cpus:g} CPU" + (f" and {made.num_gpus:g} GPU" if made.num_gpus else "")
-        started = "forked" if made.start == "fork" else "plain"
-        rows["actors"] = f"{made.num_actors:,} {started}, each with {share} and {made.threads} thread(s)"
+        started = ("forked" if made.start == "fork" else "plain") + ", each" * (made.num_actors > 1)
+        rows["actors"] = f"{made.num_actors:,} {started} with {share} and {counted(made.threads, 'thread')}"
         rows["start-up"] = f"about {made.start_s:.0f} s"
     rows["memory"] = f"about {made.memory_bytes / 1e9:.1f} GB" + ("" if made.num_actors else " of updates in a round")
     rows["because"] = "; ".join(made.reasons)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from fedsim.cli.options import DebugOption, ResultsOption, RunsArgument, parsed_targets
-from fedsim.cli.terminal import console, count_rounds, folding
-from fedsim.errors import RunFolderError
+from fedsim.cli.terminal import console, folding
+from fedsim.errors import RunFolderError, counted
 from fedsim.run_folder import paths_of
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _say_parting(runs: Runs) -> None:
     if difference is None:
         rounds = [set(run.rounds["round"]) for run in runs]
         both = len(rounds[0] & rounds[1])
-        where = "" if rounds[0] == rounds[1] else f" in the {count_rounds(both)} that both have"
+        where = "" if rounds[0] == rounds[1] else f" in the {counted(both, 'round')} that both have"
         console.print(f"all results are equal, to the bit{where}" if both else "there is no round that both have")
     else:
         was, now = shown(difference.recorded), shown(difference.computed)

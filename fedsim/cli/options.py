@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,7 +50,7 @@ AnywayOption = Annotated[
 
 def keys_help() -> str:
     """The end of a command's help: every key of the configuration."""
-    lines = [f"{key.name} = {key.default!r}: {key.description}" for key in keys()]
+    lines = [f"{key.name} = {json.dumps(key.default)}: {key.description}" for key in keys()]  # TOML writes them alike
     return "\b\nKeys for --set and for a TOML file, with their defaults:\n" + "\n".join(f"  {line}" for line in lines)
 
 

@@ -17,7 +17,8 @@ from fedsim.cli.options import (
     parsed,
     set_option,
 )
-from fedsim.cli.terminal import console, count_rounds, fail, interrupted, record, say_outcome, say_start
+from fedsim.cli.terminal import console, fail, interrupted, record, say_outcome, say_start
+from fedsim.errors import counted
 
 if TYPE_CHECKING:
     from fedsim.run_folder import Stopped
@@ -72,5 +73,5 @@ def resume(
 
 def _after(stopped: Stopped) -> str:
     if targets := stopped.info.get("stop_at"):
-        return f" with {', '.join(targets)}, or all {count_rounds(stopped.config.rounds)}"
-    return f" after {count_rounds(stopped.config.rounds)}"
+        return f" with {', '.join(targets)}, or all {counted(stopped.config.rounds, 'round')}"
+    return f" after {counted(stopped.config.rounds, 'round')}"

@@ -20,11 +20,12 @@ from fedsim.cli.options import (
     SetOption,
     StopAtOption,
     configuration,
+    parsed,
     parsed_targets,
     value_of,
 )
-from fedsim.cli.terminal import console, count_rounds, fail, record
-from fedsim.errors import ConfigError, DivergedError, first_line
+from fedsim.cli.terminal import console, fail, record
+from fedsim.errors import ConfigError, DivergedError, counted, first_line
 
 if TYPE_CHECKING:
     from fedsim.config import Config
@@ -56,6 +57,7 @@ def sweep(
     """Runs every combination of some values and seeds on one warm pool of actors; the same command again goes on."""
     config = configuration(experiment_name, changes, address)
     values, chosen = _grid(grid), _seeds(seeds)
+    _check_given_once(changes, values, seeds)
     goals = parsed_targets(stop_at)
     from fedsim import launch
     from fedsim.grid import folder_of, members
@@ -65,7 +67,8 @@ def sweep(
     to_run = [member.config for member in found if member.state in ("new", "stopped")]
     done = len(found) - len(to_run)
     if not quiet:
-        console.print(f"{folder}: {len(found)} runs" + (f", of which {done} are finished" if done else ""))
+        finished = f", of which {done} {'is' if done == 1 else 'are'} finished" if done else ""
+        console.print(f"{folder}: {counted(len(found), 'run')}{finished}")
     diverged = sum(member.state == "diverged" for member in found)
     try:
         with contextlib.ExitStack() as stack:
@@ -89,9 +92,9 @@ def sweep(
                 if not quiet:
                     print(f"{done}/{len(found)} {line} ({time.perf_counter() - started:.1f} s)", flush=True)
     except KeyboardInterrupt:
-        fail(f"interrupted: {done} of {len(found)} runs in {folder} are done; the same command goes on", 130)
+        fail(f"interrupted: {done} of {counted(len(found), 'run')} done in {folder}; the same command goes on", 130)
     said = f", of which {diverged} diverged" if diverged else ""
-    console.print(f"{folder}: {len(found)} runs{said}")
+    console.print(f"{folder}: {counted(len(found), 'run')}{said}")
     console.print(f"import fedsim; fedsim.load_runs({str(folder)!r}).rounds")
 
 
@@ -103,7 +106,7 @@ def _asks_as(one: Config, other: Config) -> bool:
 def _outcome(recording: Recording) -> str:
     accuracy = recording.last.test_accuracy if recording.last else None
     shown = "" if accuracy is None else f"test accuracy {accuracy:.4f} "
-    return f"{recording.name}: {shown}after {count_rounds(recording.done or 0)}"
+    return f"{recording.name}: {shown}after {counted(recording.done or 0, 'round')}"
 
 
 def _grid(given: list[str] | None) -> dict[str, list[Any]]:
@@ -116,6 +119,14 @@ def _grid(given: list[str] | None) -> dict[str, list[Any]]:
             raise ConfigError(f"--grid {text}: {key.strip()} is there twice; give all its values at once")
         grid[key.strip()] = [value_of(value.strip()) for value in values.split(",")]
     return grid
+
+
+def _check_given_once(changes: list[str] | None, grid: dict[str, list[Any]], seeds: str | None) -> None:
+    """A value of --set that every run of the sweep replaces was meant for something: it is not dropped unsaid."""
+    replacing = {key: f"--grid {key}" for key in grid} | ({} if seeds is None else {"seed": "--seeds"})
+    for key in parsed(changes):
+        if key in replacing:
+            raise ConfigError(f"{key} is in --set and in {replacing[key]}: leave out one of the two")
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from fedsim.errors import counted
+
 if TYPE_CHECKING:
     from fedsim.metrics import RoundRecord
     from fedsim.recording import Recording
@@ -21,11 +23,6 @@ console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, wi
 
 interrupts: list[float] = []
 """When signals came that end the command: a library may swallow the exception while it is imported."""
-
-
-def count_rounds(number: int) -> str:
-    """1 round, 2 rounds."""
-    return "1 round" if number == 1 else f"{number} rounds"
 
 
 def folding(*titles: str) -> Table:
@@ -63,10 +60,12 @@ def say_outcome(recording: Recording, seconds: float) -> None:
     accuracy = recording.last.test_accuracy if recording.last else None
     if accuracy is None:  # of a run that was only to be ended, or that has stopped where it was not evaluated
         accuracy = recording.run.rounds["test_accuracy"].dropna().iloc[-1]
-    rounds = count_rounds(recording.done or 0)
+    rounds = counted(recording.done or 0, "round")
     console.print(f"{recording.folder}: test accuracy {accuracy:.4f} after {rounds} ({seconds:.1f} s)")
     if number := recording.run.info.get("num_dropped"):
-        console.print(f"{number} times a client was left out: without these losses the results would be others")
+        console.print(
+            f"{counted(number, 'time')} a client was left out: without these losses the results would be others"
+        )
     console.print(f"import pandas as pd; pd.read_parquet({f'{recording.folder}/rounds.parquet'!r})")
 
 
@@ -101,11 +100,11 @@ def with_progress(recording: Recording) -> Iterator[RoundRecord]:
 
 def _start_line(recording: Recording) -> str:
     made = recording.plan
-    count = recording.experiment.config.clients.count
+    clients = counted(recording.experiment.config.clients.count, "client")
     if not made.num_actors:
-        return f"{recording.name}: {count:,} clients in this process"
-    actors = f"{made.num_actors:,} actor" + ("s" if made.num_actors > 1 else "")
-    return f"{recording.name}: {count:,} clients on {actors} ({made.mode}), up in about {made.start_s:.0f} s"
+        return f"{recording.name}: {clients} in this process"
+    actors = counted(made.num_actors, "actor")
+    return f"{recording.name}: {clients} on {actors} ({made.mode}), up in about {made.start_s:.0f} s"
 
 
 def _lines(recording: Recording) -> Iterator[RoundRecord]:

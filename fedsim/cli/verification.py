@@ -9,7 +9,7 @@ import typer
 
 from fedsim.cli.options import AnywayOption, DebugOption, ResultsOption, RunArgument, parsed, set_option
 from fedsim.cli.terminal import console
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, counted
 from fedsim.run_folder import path_of
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def replay(
     _say_cost(rerun)
     answer = retrain(rerun)
     made = answer.client
-    console.print(f"{made.num_steps} steps, train_loss {made.train_loss}, update_sha256 {made.update_sha256}")
+    console.print(
+        f"{counted(made.num_steps or 0, 'step')}, train_loss {made.train_loss}, update_sha256 {made.update_sha256}"
+    )
     for difference in answer.differences:
         console.print(f"{rerun.run.path}: {difference}")
     if answer.differences:

@@ -56,6 +56,8 @@ def explain(error: ValidationError, known: Sequence[str], prefix: str = "") -> s
             lines[name] = f"{name} = {finding['input']!r}: is a section with keys of its own, such as {example}"
         else:
             reason = finding["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            if finding["type"] == "bool_type":
+                reason = "should be true or false"  # as TOML has them: False is a word there
             given = f"{name} = {finding['input']!r}: "
             lines[name] = f"{lines[name]}, or {reason}" if name in lines else given + reason
     return "\n".join(list(lines.values())[:2])

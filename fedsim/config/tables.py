@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, ValidationError, create_model
@@ -31,7 +32,12 @@ def lookup(table: Mapping[str, T], name: str, key: str) -> T:
     raise ConfigError(f"{key} = {name!r} is not known; choose from {', '.join(table)}{messages.closest(name, table)}")
 
 
-def arguments(function: Callable[..., Any], given: Mapping[str, Any], key: str) -> dict[str, Any]:
+def arguments(
+    function: Callable[..., Any],
+    given: Mapping[str, Any],
+    key: str,
+    table: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Checks what a section gives against a function's keyword-only parameters, and fills in their defaults.
 
     Types and ranges come from the function's own annotations, e.g. `alpha: Annotated[float, Field(gt=0)] = 0.5`.
@@ -40,18 +46,19 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], key: str) 
         function: an entry of a table.
         given: argument name -> value.
         key: the configuration's section, for the message.
+        table: where the function is from: the message names the entries that take what this one does not.
 
     Raises:
         ConfigError: an argument the function does not have, a wrong type, or a value out of range.
     """
-    signature = inspect.signature(function, eval_str=True)
-    parameters = {name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    parameters = _parameters(function)
     for name in given:
         if name not in parameters:
             known = ", ".join(f"{n} = {p.default!r}" for n, p in parameters.items()) or "none"
-            raise ConfigError(
-                f"{key}.{name} is not known; {function.__name__} takes: {known}{messages.closest(name, parameters)}"
-            )
+            takers = [other for other, entry in table.items() if name in _parameters(entry)]
+            hint = f"; {', '.join(takers)} {'takes' if len(takers) == 1 else 'take'} {name}" if takers else ""
+            hint = hint or messages.closest(name, parameters)
+            raise ConfigError(f"{key}.{name} is not known; {function.__name__} takes: {known}{hint}")
     untyped = [name for name, p in parameters.items() if p.annotation is p.empty]
     if untyped:
         raise TypeError(f"{function.__name__}: its keyword-only parameters need type annotations: {', '.join(untyped)}")
@@ -63,3 +70,9 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any], key: str) 
         return {name: getattr(model.model_validate(dict(given)), name) for name in parameters}
     except ValidationError as error:
         raise ConfigError(messages.explain(error, list(parameters), prefix=f"{key}.")) from None
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only ones: an entry's configuration."""
+    signature = inspect.signature(function, eval_str=True)
+    return {name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
