@@ -26,7 +26,7 @@ from fedsim.config import RUN_NAME, Config
 from fedsim.errors import ClientError, ConfigError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, CLIENT_SCHEMA, ROUND_COLUMNS, ROUND_SCHEMA, RoundRecord
 from fedsim.recording import Recording
-from fedsim.results import Run, begin, find_runs, load_run, load_runs
+from fedsim.results import Run, Runs, begin, find_runs, load_run, load_runs
 from fedsim.run_folder import is_live, target
 from fedsim.strategies import Strategy, fedavg
 from fedsim.weights import Layout
@@ -860,6 +860,26 @@ def test_a_run_with_a_damaged_configuration_is_an_input_error(tmp_path, text):
         (folder / "config.toml").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.toml"):
         load_run(folder)
+
+
+def test_a_run_is_a_line_in_a_notebook(tmp_path, every_round):
+    for made in (run(None), run(tmp_path)):
+        last = made.rounds["test_accuracy"].iloc[-1]
+        assert repr(made) == f"<Run mnist: finished, 3/3 rounds, test accuracy {last:.4f}>"
+    part = tmp_path / "mnist/rounds.parquet/part-000003-000003.parquet"
+    part.write_bytes(b"no Parquet")
+    last = pq.read_table(part.with_name("part-000002-000002.parquet"))["test_accuracy"][0].as_py()
+    assert repr(made) == f"<Run mnist: finished, 2/3 rounds, test accuracy {last:.4f}>", "and no warning"
+    (tmp_path / "mnist").rename(tmp_path / "elsewhere")
+    assert repr(made) == f"<Run mnist: {tmp_path}/mnist/rounds.parquet is missing, or has lost all of its parts>"
+
+
+def test_runs_are_a_line_in_a_notebook(tmp_path):
+    first = run(tmp_path, {"rounds": 0})
+    assert repr(Runs()) == "<0 runs>"
+    assert repr(Runs([first])) == "<1 run: mnist>"
+    assert repr(Runs([first] * 5)) == "<5 runs: mnist, mnist, mnist, mnist, mnist>"
+    assert repr(Runs([first] * 6)) == "<6 runs: mnist, mnist, mnist, mnist, mnist, ...>"
 
 
 def test_many_runs_are_one_frame(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedsim import checkpoint, models
 from fedsim.config import Config
 from fedsim.config.tables import lookup
-from fedsim.errors import FedsimWarning, RunFolderError
+from fedsim.errors import FedsimError, FedsimWarning, RunFolderError, first_line
 from fedsim.metrics import RoundRecord, table
 from fedsim.numerics import numerics
 from fedsim.results import parts
@@ -24,9 +24,10 @@ from fedsim.weights import Layout
 
 if TYPE_CHECKING:
     import pandas as pd  # imported where a frame is asked for: a run that is only written does without
+    import pyarrow as pa
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A run: its records, weights and model, from its folder or from memory.
 
@@ -42,6 +43,16 @@ class Run:
     _records: tuple[RoundRecord, ...] = ()
     _tensors: dict[str, Tensor] | None = None
     _model: Callable[[], nn.Module] | None = None
+
+    def __repr__(self) -> str:
+        """A line for a notebook; also of a damaged run, and without a warning."""
+        try:
+            rows, status = self._rows("rounds")[0], self.status
+        except (FedsimError, OSError, ValueError) as error:
+            return f"<Run {self.name}: {first_line(error)}>"
+        tested = rows["test_accuracy"].drop_null()
+        accuracy = f", test accuracy {tested[-1].as_py():.4f}" if len(tested) else ""
+        return f"<Run {self.name}: {status}, {max(0, len(rows) - 1)}/{self.config.rounds} rounds{accuracy}>"
 
     @property
     def rounds(self) -> pd.DataFrame:
@@ -115,17 +126,20 @@ class Run:
         return module
 
     def _frame(self, kind: str) -> pd.DataFrame:
-        if self.path is not None:
-            rows, damage = parts.read(self.path, kind)
-            for problem in damage:
-                warnings.warn(f"{problem}; its rows are left out", FedsimWarning, stacklevel=3)
-        elif kind == "rounds":
-            rows = table([record.row(self.name) for record in self._records], parts.SCHEMAS[kind])
-        else:
-            clients = [client for record in self._records for client in record.clients]
-            rows = table([client.row(self.name) for client in clients], parts.SCHEMAS[kind])
+        rows, damage = self._rows(kind)
+        for problem in damage:
+            warnings.warn(f"{problem}; its rows are left out", FedsimWarning, stacklevel=3)
         frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # see `parts`
         return frame
+
+    def _rows(self, kind: str) -> tuple[pa.Table, list[str]]:
+        """The rows that can be read, in their order, and what is wrong with the others."""
+        if self.path is not None:
+            return parts.read(self.path, kind)
+        if kind == "rounds":
+            return table([record.row(self.name) for record in self._records], parts.SCHEMAS[kind]), []
+        clients = [client for record in self._records for client in record.clients]
+        return table([client.row(self.name) for client in clients], parts.SCHEMAS[kind]), []
 
 
 def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | None = None) -> Run:

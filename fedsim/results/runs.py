@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedsim import summaries
 from fedsim.config.changes import flat
-from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError
+from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError, counted
 from fedsim.results.run import Run, load_run
 from fedsim.run_folder import is_run
 from fedsim.targets import targets
@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+SHOWN = 5
+"""Names in the `repr` of runs."""
+
+
 class Runs(tuple[Run, ...]):
     """Several runs; in all frames the column `run` tells them apart: their names, or paths where two have one name."""
+
+    def __repr__(self) -> str:
+        """A line for a notebook: how many, and the first of their names."""
+        names = [run.name for run in self[:SHOWN]] + ["..."] * (len(self) > SHOWN)
+        return f"<{counted(len(self), 'run')}{': ' if names else ''}{', '.join(names)}>"
 
     @property
     def rounds(self) -> pd.DataFrame:
