@@ -8,7 +8,7 @@ apart. What is drawn of them is in `fedsim.plot`.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 
 import pandas as pd
@@ -64,8 +64,17 @@ def mishaps(rounds: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame:
     return ended.assign(retries=rounds.groupby("run")["num_retries"].sum())
 
 
-def main(folders: Sequence[str]) -> None:
-    """Prints every recipe."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Reads the arguments, and prints every recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders, such as results/*, or one that holds them")
+    try:
+        _print(parser.parse_args(arguments).runs)
+    except fedsim.FedsimError as error:
+        parser.exit(error.exit_code, f"{parser.prog}: error: {error}\n")
+
+
+def _print(folders: Sequence[str]) -> None:
     runs = fedsim.load_runs(folders)
     rounds, clients = runs.rounds, runs.clients
     tables = {recipe.__doc__: recipe(rounds, clients) for recipe in RECIPES}
@@ -77,9 +86,4 @@ def main(folders: Sequence[str]) -> None:
 RECIPES = (accuracy_by_round, best_rounds, time_shares, participation, hardest_clients, drift, mishaps)
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        sys.exit("usage: python scripts/analyse_runs.py RUN... (folders, such as results/*)")
-    try:
-        main(sys.argv[1:])
-    except fedsim.FedsimError as error:
-        sys.exit(str(error))
+    main()

@@ -116,23 +116,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cells", nargs="+", default=["*"], metavar="PATTERN", help="of these names, as a shell matches files"
     )
-    parser.add_argument("--hours", type=float, default=float("inf"), help="ends after so long")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; a core each")
+    parser.add_argument(
+        "--hours", type=float, default=float("inf"), help="ends after so long (default: when all is done)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; a core each (default: %(default)s)"
+    )
     parser.add_argument("--gpu", action="store_true", help="computes on the GPU, which the jobs share")
     parser.add_argument("--variants", action="store_true", help="what explains a difference, instead of the cells")
     parser.add_argument("--report", action="store_true", help="only writes the page anew")
-    parser.add_argument("--output", type=Path, default=PUBLISHED, metavar="DIR")
-    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help="for unfinished runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=PUBLISHED,
+        metavar="DIR",
+        help="of the Parquet files and the page (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=RUNS, metavar="DIR", help="for unfinished runs (default: %(default)s)"
+    )
     args = parser.parse_args(arguments)
     the_plan = plan.read()
     names = [cell.name for cell in the_plan.cells]
     for pattern in args.cells:
         if not fnmatch.filter(names, pattern):
             parser.error(f"no cell {pattern!r}; there are {', '.join(names)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give a number of processes, from 1")
+    if not args.hours >= 0:  # nan neither
+        parser.error(f"--hours {args.hours:g}: give a number of hours, from 0")
     if args.gpu and (args.variants or args.report):
         parser.error("--gpu is for the cells: the variants are measured on the CPU")
     if args.gpu and not gpus():
         parser.error("--gpu: torch finds no GPU here")
+    if args.report and not any((args.output / name).is_file() for name in ("runs.parquet", variants.FILE)):
+        parser.error(f"--report: nothing has been run into {args.output}; name the --output of a reproduction")
     cells = [cell for cell in the_plan.cells if any(fnmatch.fnmatch(cell.name, each) for each in args.cells)]
     if not args.report:
         with _alone(args.output) as is_alone:

@@ -373,3 +373,14 @@ def test_recipes_of_real_runs_are_printed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("\n# ") == len(analyse_runs.RECIPES) + 1
     assert all(printed.count(name) > 5 for name in ("s0", "s1"))
+
+
+def test_the_recipes_help_and_refuse_as_commands_do(tmp_path, capsys):
+    for words, code in ((["--help"], 0), ([], 2), ([str(tmp_path)], 2)):
+        with pytest.raises(SystemExit) as ended:
+            analyse_runs.main(words)
+        assert ended.value.code == code
+    said = capsys.readouterr()
+    assert "recipes to copy from" in said.out
+    assert said.err.count("usage: ") == 1
+    assert f"no run among {tmp_path}" in said.err.splitlines()[-1]

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import reproduce_mcmahan2017
 from fedsim import datasets
 from fedsim.experiment import prepare
+from fedsim.statistics import interval
 from mcmahan2017 import page, variants
 from mcmahan2017 import plan as plans
 from mcmahan2017.search import Done, Task, chosen_rate, next_tasks
@@ -185,6 +186,20 @@ def test_cells_without_a_published_number_have_no_ratio(tmp_path):
     assert page.outcome(PLAN, CELL, store).verdict == "not run"
 
 
+@pytest.mark.parametrize(
+    ("name", "verdict", "expected"),
+    [
+        ("table1-2nn-iid-E1-B10-C0.1", [99.0, 99.5, 99.9], "99.5 [98.3, 100.6]"),
+        ("table1-2nn-iid-E1-B10-C0.1", [100.4, 100.4, 100.4], "100 [100, 100]"),  # in the paper 87
+        ("table1-2nn-iid-E1-Binf-C0.0", [80.0, 80.0, 80.0], "80.0 [80.0, 80.0]"),  # 1,455
+        ("table1-2nn-iid-E1-Binf-C0.5", [1000.4, 1000.4, 1000.4], "1,000 [1,000, 1,000]"),  # none
+    ],
+)
+def test_rounds_are_rounded_by_their_mean(name, verdict, expected):
+    outcome = page.Outcome(CELLS[name], "inside", rounds=interval(verdict), num_reached=3)
+    assert page._row(outcome)[2] == expected
+
+
 @pytest.mark.long
 def test_the_page_is_made_from_the_files(tmp_path):
     page.write(PLAN, store_of(tmp_path, CELL, [87.0, 80.0, 94.0]))
@@ -339,6 +354,36 @@ def test_unknown_cells_are_refused(capsys):
         reproduce_mcmahan2017.main(["--cells", "table2-*", "table3-*"])
     assert ended.value.code == 2
     assert "no cell 'table3-*'; there are table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--jobs", "0"], "--jobs 0: give a number of processes, from 1"),
+        (["--jobs", "-2", "--variants"], "--jobs -2: give"),
+        (["--hours", "-1"], "--hours -1: give a number of hours, from 0"),
+        (["--hours", "nan"], "--hours nan: give"),
+        (["--report"], "--report: nothing has been run into"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_input_is_refused_before_anything_is_made(tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.setattr(reproduce_mcmahan2017, "reproduce", None)
+    monkeypatch.setattr(variants, "measure", None)
+    with pytest.raises(SystemExit) as ended:
+        reproduce_mcmahan2017.main([*words, "--output", str(tmp_path / "new"), "--runs", str(tmp_path / "runs")])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_says_where_things_are_written(capsys):
+    with pytest.raises(SystemExit) as ended:
+        reproduce_mcmahan2017.main(["--help"])
+    assert ended.value.code == 0
+    said = "".join(capsys.readouterr().out.split())
+    for folder in (reproduce_mcmahan2017.PUBLISHED, reproduce_mcmahan2017.RUNS):
+        assert f"(default:{folder})" in said
 
 
 def test_several_patterns_are_taken_in_the_order_of_cost(tmp_path, monkeypatch):

@@ -163,9 +163,7 @@ def _row(each: Outcome) -> tuple[str, ...]:
     ours = "-" if each.verdict in ("searching", "running", "not run") else f"{each.num_reached} of 3 seeds reached it"
     if each.rounds:
         mean, low, high, _ = each.rounds
-        ours = (
-            f"{mean:,.0f} [{low:,.0f}, {high:,.0f}]" if cell.published > 100 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-        )
+        ours = f"{mean:,.0f} [{low:,.0f}, {high:,.0f}]" if mean >= 100 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
     data = "IID" if cell.partition == "iid" else "non-IID"
     return (
         f"{data}, {cell.local_epochs}, {cell.batch_size or 'inf'}, {cell.per_round:g}",
