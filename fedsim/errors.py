@@ -86,4 +86,4 @@ def first_line(error: BaseException) -> str:
 
 def counted(number: int, what: str) -> str:
     """1 round, 2 rounds, 1,000 rounds."""
-    return f"{number:,} {what}" + "s" * (number != 1)
+    return f"{number:,} {what}" + ("" if number == 1 else "s")  # also of numpy's integers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 import numpy as np
 import pandas as pd
 
-from fedsim.errors import InputError
+from fedsim.errors import InputError, counted
 from fedsim.palette import COLORS
 from fedsim.reporting import charts, html
 from fedsim.reporting.charts import Line
@@ -114,7 +114,8 @@ def _partition(shown: Shown, alike: Sequence[View]) -> str:
     except InputError as error:
         return html.paragraph(f"Labels are not shown: {error}.")
     sizes, kinds = counts.sum(axis=1), (counts > 0).sum(axis=1)
-    has = f"{sizes.min():,} examples" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,} examples"
+    smallest, largest = sizes.min(), sizes.max()
+    has = counted(smallest, "example") if smallest == largest else f"{smallest:,} to {largest:,} examples"
     said = f"A client has {has}, the median client {kinds.median():g} of {counts.shape[1]} labels."
     if len(counts) > MOST_CLIENTS:
         said += f" Shown: {MOST_CLIENTS} of {len(counts):,} clients, evenly spaced."

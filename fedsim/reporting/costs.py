@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from fedsim.errors import counted
 from fedsim.palette import COLORS
 from fedsim.reporting import charts, html
 from fedsim.reporting.learning import size
@@ -106,7 +107,7 @@ def mishaps(shown: Shown) -> str | None:
 
 
 def _resumed(resumes: Mapping[str, int]) -> str:
-    said = ", ".join(f"{name} {number} times" for name, number in resumes.items() if number)
+    said = ", ".join(f"{name} {counted(number, 'time')}" for name, number in resumes.items() if number)
     return html.paragraph(f"Gone on with after an interruption: {said}.")
 
 
