@@ -105,7 +105,7 @@ def path_of(run: str, results: Path) -> Path:
         if (folder / "run.json").is_file():
             return folder
     for folder in folders:
-        if inside := _inside(folder):
+        if inside := find_runs(folder):
             raise RunFolderError(
                 f"{folder} is not a run, it holds runs: name one, such as {inside[0]}; "
                 "a sweep goes on when its command is repeated"
@@ -124,18 +124,13 @@ def paths_of(runs: Sequence[str], results: Path) -> list[Path]:
     found: list[Path] = []
     for run in runs:
         for folder in (Path(run), results / run):
-            inside = _inside(folder)
+            inside = find_runs(folder)
             if inside and not (folder / "run.json").exists():
                 found += inside
                 break
         else:
             found.append(path_of(run, results))
     return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
-
-
-def _inside(folder: Path) -> list[Path]:
-    """The folders of runs in a folder, by name."""
-    return sorted(path.parent for path in folder.glob("[!.]*/run.json"))
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:
@@ -237,21 +232,35 @@ def lock(folder: Path) -> BinaryIO:
 def read_info(folder: Path) -> dict[str, Any] | None:
     """The content of a run's run.json; None where there is none of fedsim's, or a damaged one."""
     try:
-        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return _ours(folder)
     except (OSError, ValueError):
         return None
-    return info if isinstance(info, dict) and "fedsim_run" in info else None
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's, be it a damaged one: its run.json is fedsim's, or cannot be read."""
     try:
-        info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return _ours(folder) is not None
     except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError):
         return True
-    return isinstance(info, dict) and "fedsim_run" in info
+
+
+def find_runs(results: Path) -> list[Path]:
+    """The runs' folders in a folder, by name, damaged ones too; what is no run is skipped."""
+    return [folder for folder in sorted(results.glob("[!.]*")) if is_run(folder)]
+
+
+def _ours(folder: Path) -> dict[str, Any] | None:
+    """The content of a run.json; None where it is another program's.
+
+    Raises:
+        OSError: there is none that can be read.
+        ValueError: it is damaged.
+    """
+    info = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return info if isinstance(info, dict) and "fedsim_run" in info else None
 
 
 def is_live(folder: Path) -> bool:

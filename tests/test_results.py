@@ -26,8 +26,8 @@ from fedsim.config import RUN_NAME, Config
 from fedsim.errors import ClientError, ConfigError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, CLIENT_SCHEMA, ROUND_COLUMNS, ROUND_SCHEMA, RoundRecord
 from fedsim.recording import Recording
-from fedsim.results import Run, Runs, begin, find_runs, load_run, load_runs
-from fedsim.run_folder import is_live, target
+from fedsim.results import Run, Runs, begin, load_run, load_runs
+from fedsim.run_folder import find_runs, is_live, target
 from fedsim.strategies import Strategy, fedavg
 from fedsim.weights import Layout
 

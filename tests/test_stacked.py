@@ -210,6 +210,17 @@ def test_a_step_in_float32_is_that_of_autograd_to_1e_6(kind):
         assert a.train_loss == pytest.approx(b.train_loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_a_convolution_gives_has_its_channels_innermost(channels):
+    """In the other order torch has slower kernels, for itself and for what follows."""
+    module, images = nn.Conv2d(channels, 4, 3), torch.rand(1, 2, channels, 8, 8)
+    parameters = {name: Parameter(p.detach()[None], None, PLAIN) for name, p in module.named_parameters()}
+    with torch.inference_mode():
+        y = layers.Conv2d(module, parameters).forward(images)
+        torch.testing.assert_close(y[0], module(images[0]))
+    assert y[0].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
 def test_it_evaluates_as_the_module_does(kind):
     module = made(EXAMPLE_MODELS[kind])

@@ -162,8 +162,8 @@ def runs(
     source = context.get_parameter_source("results")
     if source and source.name == "COMMANDLINE" and not results.is_dir():  # the default comes with the first run
         raise RunFolderError(f"{results} is not a folder; name another with --results")
-    from fedsim.results import find_runs, load_run
-    from fedsim.run_folder import is_run, read_info
+    from fedsim.results import load_run
+    from fedsim.run_folder import find_runs, is_run, read_info
 
     table = folding("run", "status", "rounds", "test accuracy", "started")
     for folder in find_runs(results):

@@ -88,7 +88,7 @@ def _say_unreached(goal: Target, runs: Runs, frame: pd.DataFrame) -> None:
     without = [run.name for run in runs if run.rounds[goal.column].isna().all()]
     if without:
         console.print(f"{goal.column} was not recorded by {', '.join(without)}")
-    elif frame["rounds_to_target"].isna().all():
+    if len(without) < len(runs) and frame["rounds_to_target"].isna().all():
         console.print(f"no run has reached {goal}")
 
 

@@ -3,7 +3,7 @@
 from fedsim.results.folder import begin, go_on
 from fedsim.results.parts import Whole, find_whole, read
 from fedsim.results.run import Run, load_run
-from fedsim.results.runs import Runs, find_runs, load_runs
+from fedsim.results.runs import Runs, load_runs
 from fedsim.results.writer import RunWriter
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "Runs",
     "Whole",
     "begin",
-    "find_runs",
     "find_whole",
     "go_on",
     "load_run",

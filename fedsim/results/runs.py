@@ -14,7 +14,7 @@ from fedsim import summaries
 from fedsim.config.changes import flat
 from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError, counted
 from fedsim.results.run import Run, load_run
-from fedsim.run_folder import is_run
+from fedsim.run_folder import find_runs, is_run
 from fedsim.targets import targets
 
 if TYPE_CHECKING:
@@ -94,11 +94,6 @@ class Runs(tuple[Run, ...]):
                 damage.append(error)
         warn_of(damage, frames)
         return pd.concat(frames, ignore_index=True)
-
-
-def find_runs(results: Path) -> list[Path]:
-    """The runs' folders in a results folder, by name; what is no run is skipped."""
-    return [folder for folder in sorted(results.glob("[!.]*")) if is_run(folder)]
 
 
 def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
