@@ -22,9 +22,11 @@ import fedsim
 from fedsim import weights as weights_module
 from fedsim.actors import PoolInfo, connection, crew, host, ray_pool
 from fedsim.actors.slab import Slab
+from fedsim.cli import terminal
 from fedsim.errors import ClientError, PlanError, RunFailedError
 from fedsim.experiment import prepare
 from fedsim.launch import connect, open_pool
+from fedsim.recording import Recording
 from fedsim.weights import Weights
 
 pytestmark = pytest.mark.ray
@@ -235,6 +237,17 @@ def test_leaving_the_iteration_early_stops_the_actors_and_keeps_the_callers_ray(
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
     assert shared_ray.is_initialized()
     wait_until(lambda: shared_ray.available_resources().get("CPU") == 4)
+
+
+def test_a_start_that_takes_long_says_how_many_are_up(shared_ray, monkeypatch, capsys):
+    monkeypatch.setattr(crew, "_LOOK_S", 0.05)
+    monkeypatch.setattr(crew, "_SAY_S", 0.1)
+    config = TINY.override({"placement.mode": "packed", "placement.actors": 2, "rounds": 1})
+    for quiet in (False, True):
+        terminal.record(Recording.of(config, results=None), quiet=quiet)
+        printed = capsys.readouterr().out
+        assert bool(re.findall("^[01] of 2 actors up$", printed, re.M)) is not quiet
+        assert "of 2 actors up\n" not in printed.partition("round 0/1")[2]
 
 
 def test_what_does_not_fit_is_refused_before_any_actor(shared_ray, monkeypatch):

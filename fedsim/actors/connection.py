@@ -81,6 +81,11 @@ def has_room(plan: Plan, timeout_s: float = 10.0) -> bool:
     return True
 
 
+def is_full(plan: Plan) -> bool:
+    """Whether no other of the plan's actors fits what is free."""
+    return capacity(plan.num_cpus, plan.num_gpus, free_nodes()) == 0
+
+
 def live_nodes() -> tuple[Node, ...]:
     """What the nodes of this Ray have in all."""
     return tuple(_node(node["Resources"]) for node in cluster.alive())

@@ -6,6 +6,7 @@ losses; those of actors that have lost their work are not looked at.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections import deque
@@ -18,19 +19,22 @@ from ray.exceptions import RayError, RayTaskError
 
 from fedsim.actors import private
 from fedsim.actors.calls import Answer, Call, Work
-from fedsim.actors.connection import free_nodes, holds
+from fedsim.actors.connection import holds, is_full
 from fedsim.actors.host import Handle, Loaded
 from fedsim.actors.losses import LOST, cause_of, exhausted, own_error, said
 from fedsim.config import FailuresConfig
-from fedsim.errors import FedsimWarning, RunFailedError
+from fedsim.errors import FedsimWarning, RunFailedError, counted
 from fedsim.failures import Cause, decide
-from fedsim.placement import Plan, capacity
+from fedsim.placement import Plan
 
 _MANY = 32  # actors: so many take a tenth of a core when they have nothing to do
 _LOOK_S = 2.0  # without an answer, until it is looked whether one can come
 _START_S = 180.0  # of an actor, until Ray's having no room left means that it has none for it: one that starts has its
 # share already, and importing torch takes a minute and more on a busy machine or from a network's disk
+_SAY_S = 10.0  # between two words on how many have started
 _DEAD_S = 100.0  # until Ray itself has found out that a node is dead: 14 s where it was killed, 64 where it was cut off
+
+_logger = logging.getLogger(__name__)
 
 
 class Crew:
@@ -54,7 +58,7 @@ class Crew:
         self.fingerprint = fingerprint
         self._load, self._is_near, self._is_private = load, is_near, is_private
         self._lost_nodes: dict[str, float] = {}  # and when; Ray may still take them for alive
-        self._looked_at = time.monotonic()
+        self._looked_at = self._said_at = time.monotonic()
         self._try_as(failures)
 
     def start(self, plan: Plan) -> list[Loaded]:
@@ -271,9 +275,12 @@ class Crew:
         """Looks for what no answer tells: actors that never start, and work that takes too long."""
         before, self._looked_at = self._looked_at, time.monotonic()
         now = self._looked_at
-        failure = private.failure()
-        if failure:
+        if failure := private.failure():
             raise RunFailedError(failure)
+        up = sum(handle.loaded is not None for handle in self.actors.values())
+        if up < len(self.actors) and now - self._said_at >= _SAY_S:
+            self._said_at = now
+            _logger.info("%d of %s up", up, counted(len(self.actors), "actor"))
         waited_s = min(now - before, 2 * self._look_s)  # no more: whoever uses the pool may have looked away
         for answer, call in list(work.made.items()):
             handle, timeout_s = call.handle, self._failures.timeout_s * max(1, len(call.pieces))
@@ -284,13 +291,10 @@ class Crew:
             if ray.wait([answer], timeout=0)[0]:
                 continue
             if handle.loaded is None:
-                if handle.at_s > _START_S and not self._is_private and not self._has_room():
+                if handle.at_s > _START_S and not self._is_private and is_full(self._plan):
                     del work.made[answer]
                     self.discard(call.actor, "the cluster has no room for one")
                     self._make_again(work, call, is_alone=False)
             elif timeout_s and handle.at_s > timeout_s:
                 del work.made[answer]
                 self._lost(work, call, "timeout", f"no answer within {timeout_s:g} s")
-
-    def _has_room(self) -> bool:
-        return capacity(self._plan.num_cpus, self._plan.num_gpus, free_nodes()) > 0

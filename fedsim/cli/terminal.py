@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shlex
 import signal
 import sys
@@ -41,10 +43,24 @@ def record(recording: Recording, *, quiet: bool) -> None:
     """
     if interrupts:
         raise KeyboardInterrupt
-    with recording:
+    with contextlib.nullcontext() if quiet else _printed_log(), recording:
         for _ in recording if quiet else with_progress(recording):
             if interrupts:
                 raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _printed_log() -> Iterator[None]:
+    """Prints what fedsim has to say meanwhile, such as how many actors have started."""
+    logger, handler = logging.getLogger("fedsim"), logging.StreamHandler(sys.stdout)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 def interrupted(recording: Recording | None) -> str:
