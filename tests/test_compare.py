@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 
@@ -141,9 +142,13 @@ def test_folders_with_odd_names_are_found(results, tmp_path, capsys):
 
 
 def test_what_was_configured_and_planned_is_named_once(results, tmp_path, capsys):
-    run = fedsim.run(SERIAL.override({"placement.threads": 2}), results=tmp_path, name="two")
+    run = fedsim.run(
+        SERIAL.override({"placement.threads": 2, "evaluation.clients": True}), results=tmp_path, name="two"
+    )
     assert compare(results, "short", str(run.path)) == 0
-    assert capsys.readouterr().out.partition("different in")[2].count("placement.threads") == 1
+    said = capsys.readouterr().out.partition("different in")[2]
+    assert said.count("placement.threads") == 1
+    assert re.search("evaluation.clients +false +true", said)
 
 
 def test_environments_that_differ_are_named(results, tmp_path, capsys):

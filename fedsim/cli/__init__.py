@@ -184,7 +184,7 @@ def runs(
     for folder in sorted(results.glob("*/")):
         if not is_run(folder) and (inside := find_runs(folder)):
             finished = sum((read_info(run) or {}).get("status") == "finished" for run in inside)
-            table.add_row(f"{folder.name}/", f"{finished} of {len(inside)} runs finished")
+            table.add_row(f"{folder.name}/", f"{finished} of {counted(len(inside), 'run')} finished")
     console.print(table if table.row_count else f"no runs in {results}")
 
 

@@ -132,7 +132,7 @@ def _say_parting(runs: Runs) -> None:
         console.print(f"they part in {difference.where}: {difference.column} is {was} and {now}")
     table = folding("different in", one.name, other.name)
     for key, values in _unlike(one, other):
-        table.add_row(key, *map(str, values))
+        table.add_row(key, *(str(v).lower() if isinstance(v, bool) else str(v) for v in values))  # as TOML has it
     if table.row_count:
         console.print(table)
 
