@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from fedsim.config import Config
-from fedsim.config.changes import computed
+from fedsim.config.changes import computed, text
 from fedsim.errors import InputError
 from fedsim.metrics import ROUND_COLUMNS
 from fedsim.statistics import interval
@@ -66,7 +66,9 @@ def groups(runs: Sequence[R]) -> dict[str, list[R]]:
             seen.add(repr(one.get(key)))
     found: dict[str, list[R]] = {}
     for run, one in zip(runs, keys, strict=True):
-        label = ", ".join(f"{key}={value}" for key, value in one.items() if len(values[key]) > 1) or run.config.name
+        label = (
+            ", ".join(f"{key}={text(value)}" for key, value in one.items() if len(values[key]) > 1) or run.config.name
+        )
         found.setdefault(label, []).append(run)
     return found
 

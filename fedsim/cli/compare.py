@@ -114,6 +114,7 @@ def _interval(row: Mapping[Any, Any] | None, shown: Shown) -> str:
 def _say_parting(runs: Runs) -> None:
     """Where two runs part, and in what their configurations and environments differ."""
     from fedsim.comparison import parting, shown
+    from fedsim.config.changes import text
 
     one, other = runs
     console.print()
@@ -132,7 +133,7 @@ def _say_parting(runs: Runs) -> None:
         console.print(f"they part in {difference.where}: {difference.column} is {was} and {now}")
     table = folding("different in", one.name, other.name)
     for key, values in _unlike(one, other):
-        table.add_row(key, *(str(v).lower() if isinstance(v, bool) else str(v) for v in values))  # as TOML has it
+        table.add_row(key, *map(text, values))
     if table.row_count:
         console.print(table)
 

@@ -63,3 +63,10 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def text(value: Any) -> str:
+    """A value as a configuration file has it; a string without its quotes, a list without its brackets."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsim.config import Config
-from fedsim.config.changes import flat
+from fedsim.config.changes import flat, text
 from fedsim.reporting import html
 from fedsim.reporting.shown import Shown
 
@@ -22,7 +22,7 @@ def configuration(shown: Shown) -> str | None:
     ((_, values),) = found.items()
     defaults = dict(flat(Config().to_dict()))
     rows = [
-        [key, _text(value), "" if key not in defaults or defaults[key] == value else _text(defaults[key])]
+        [key, text(value), "" if key not in defaults or defaults[key] == value else text(defaults[key])]
         for key, value in values.items()
     ]
     return html.table(["key", "value", "default, where it is another"], rows)
@@ -35,13 +35,13 @@ def environment(shown: Shown) -> str | None:
         return None
     if shown.is_one:
         ((_, values),) = found.items()
-        return html.table(["entry of run.json", "value"], [[key, _text(value)] for key, value in values.items()])
+        return html.table(["entry of run.json", "value"], [[key, text(value)] for key, value in values.items()])
     return _compared(found)
 
 
 def _compared(found: Mapping[str, Mapping[str, Any]]) -> str:
     keys = list(dict.fromkeys(key for values in found.values() for key in values))
-    texts = {name: {key: _text(values[key]) if key in values else "" for key in keys} for name, values in found.items()}
+    texts = {name: {key: text(values[key]) if key in values else "" for key in keys} for name, values in found.items()}
     one = next(iter(texts.values()))
     differing = [key for key in keys if any(values[key] != one[key] for values in texts.values())]
     same = [[key, one[key]] for key in keys if key not in differing]
@@ -50,7 +50,3 @@ def _compared(found: Mapping[str, Mapping[str, Any]]) -> str:
         rows = [[name, *(values[key] for key in differing)] for name, values in texts.items()]
         made = html.table(["run", *differing], rows, "What differs")
     return made + (html.table(["key", "value"], same, "What all share") if same else "")
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
