@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -17,12 +19,17 @@ from helpers import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedsim
 import reproduce_mcmahan2017
-from fedsim import datasets
+from fedsim import datasets, models
 from fedsim.experiment import prepare
+from fedsim.recording import Recording
 from fedsim.statistics import interval
+from fedsim.training import Examples, Sgd, local_sgd
 from mcmahan2017 import page, variants
 from mcmahan2017 import plan as plans
+from mcmahan2017 import work as work_module
+from mcmahan2017.dead import is_dead
 from mcmahan2017.search import Done, Task, chosen_rate, next_tasks
 from mcmahan2017.store import Store
 from mcmahan2017.work import Finished, work
@@ -252,8 +259,6 @@ def test_a_run_is_made_goes_on_and_comes_to_its_end(tmp_path, monkeypatch):
     assert whole.curve["round"].tolist() == list(range(whole.row["rounds"] + 1))
     assert (whole.row["cell"], whole.row["lr"], whole.row["seed"]) == (CELL.name, 0.02, 0)
     assert work(task, tmp_path / "late", time.time()) is None
-    import fedsim
-
     write = fedsim.results.RunWriter.write
 
     def stopping(self, record, *rest, **named):
@@ -267,6 +272,25 @@ def test_a_run_is_made_goes_on_and_comes_to_its_end(tmp_path, monkeypatch):
     again = work(task, tmp_path / "broken", time.time() + 100)
     assert again.row["weights_sha256"] == whole.row["weights_sha256"]
     assert again.curve.equals(whole.curve)
+    assert again.row["machine"] == whole.row["machine"]
+
+
+def test_a_run_that_went_on_elsewhere_says_so(tmp_path):
+    task = Task(Small({"training.lr": 0.02}), "search", 0.02, 0, 30)
+    here = work(task, tmp_path, time.time() + 100).row
+    path = tmp_path / CELL.name / "lr0.02-seed0" / "run.json"
+    info = json.loads(path.read_text())
+    parts = [
+        {"from_round": 2, "machine": info["machine"], "device": "cuda (A GPU)", "versions": info["versions"]},
+        {"from_round": 4, "machine": info["machine"], "device": "cuda (A GPU)", "versions": info["versions"]},
+        {"from_round": 5, "machine": info["machine"], "device": "cpu", "versions": info["versions"] | {"torch": "9"}},
+    ]
+    path.write_text(json.dumps(info | {"resumes": parts}))
+    row = work(task, tmp_path, time.time() + 100).row
+    machine, versions = here["machine"], here["versions"]
+    assert row["machine"] == f"{machine}; from round 2 on {machine}, cuda (A GPU); from round 5 on {machine}"
+    assert row["versions"] == f"{versions}; from round 5 on {versions.replace(info['versions']['torch'], '9')}"
+    assert row["weights_sha256"] == here["weights_sha256"]
 
 
 def test_a_rate_that_diverges_has_not_reached_it(tmp_path):
@@ -274,6 +298,44 @@ def test_a_rate_that_diverges_has_not_reached_it(tmp_path):
     found = work(task, tmp_path, time.time() + 100)
     assert math.isnan(found.row["rounds_to_target"])
     assert found.row["status"] == "failed"
+
+
+@pytest.mark.parametrize("place", [1, 3])  # of the two layers below a ReLU
+def test_a_model_that_no_image_reaches_is_dead_and_stays_so(place):
+    data = datasets.load("synthetic")
+    module = models.MODELS["2nn"](data.input_shape, data.num_classes)
+    rounds, config = pd.DataFrame({"test_accuracy": [0.5, 0.1]}), fedsim.Config().override({"data.dataset": data.name})
+    run = SimpleNamespace(rounds=rounds, status="interrupted", config=config, model=lambda: module)
+    assert not is_dead(run)
+    module[place].bias.data -= 1e3
+    assert is_dead(run)
+    assert not is_dead(replaced(run, status="failed"))
+    assert not is_dead(replaced(run, rounds=rounds[:1]))
+    below = [parameter.clone() for parameter in module[: place + 1].parameters()]
+    examples = Examples(torch.from_numpy(data.train_images), torch.from_numpy(data.train_labels))
+    before = module[5].bias.clone()
+    local_sgd(module, examples, [torch.arange(500)] * 2, batch_size=10, sgd=Sgd(lr=0.5))
+    assert not torch.equal(module[5].bias, before)
+    assert all(map(torch.equal, module[: place + 1].parameters(), below))
+    assert is_dead(run)
+
+
+def replaced(run, **changes):
+    return SimpleNamespace(**{**vars(run), **changes})
+
+
+def test_an_interrupted_run_that_is_dead_has_ended(tmp_path, monkeypatch):
+    task = Task(Small({"training.lr": 0.02}), "search", 0.02, 0, 30)
+    monkeypatch.setattr(work_module, "is_dead", lambda run: len(run.rounds) == 3)
+    config = task.cell.config(task.rate, task.seed, task.rounds)
+    with Recording.of(config, results=tmp_path / CELL.name, name="lr0.02-seed0") as recording:
+        next(record for record in recording if record.round == 2)
+    row = work(task, tmp_path, time.time() + 100).row
+    assert (row["status"], row["rounds"]) == ("dead", 2)
+    assert math.isnan(row["rounds_to_target"])
+    store = Store(tmp_path)
+    store.add(Finished(row, pd.DataFrame({"cell": [], "lr": [], "seed": [], "round": []})))
+    assert f"{CELL.name} at rate 0.02 cannot get there" in "\n".join(page._page(PLAN, store, []))
 
 
 def test_a_bug_is_not_taken_for_that(tmp_path):

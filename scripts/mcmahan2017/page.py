@@ -10,12 +10,17 @@ from typing import Literal
 from benchmarks.elsewhere import table
 from fedsim.statistics import Interval, interval
 from mcmahan2017 import plots, variants
+from mcmahan2017.dead import DEAD
 from mcmahan2017.plan import Cell, Plan, step_of
 from mcmahan2017.search import chosen_rate
 from mcmahan2017.store import Store
 
 Verdict = Literal["inside", "outside", "searching", "running", "not run", "reached", "not reached"]
 
+_DEAD = (
+    "cannot get there, as one of its ReLUs gives zero for every image of both sets: no image changes the outputs any "
+    "more, and nothing below has a gradient. Its run ended with round"
+)
 PAPER = "[McMahan et al. 2017](https://arxiv.org/abs/1602.05629)"
 
 
@@ -120,6 +125,9 @@ def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str
     yield from (f"![Accuracy by round]({plots.CURVES})", "")
     if (store.folder / variants.FILE).exists():
         yield from _variants(plan, store)
+    for run in store.runs.to_dict("records"):
+        if run.get("status") == DEAD:
+            yield from (f"{run['cell']} at rate {run['lr']:g} {_DEAD} {run['rounds']}.", "")
     if len(store.runs):
         hours = store.runs["seconds"].sum() / 3600
         yield from (f"{len(store.runs):,} runs, {hours:.1f} hours of rounds, one process each, pauses included:", "")

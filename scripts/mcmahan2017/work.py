@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import parent_process
@@ -17,9 +18,9 @@ from typing import Any
 import pandas as pd
 
 import fedsim
-from fedsim import environment
 from fedsim.errors import DivergedError, InputError, NewerVersionError
 from fedsim.targets import Target
+from mcmahan2017.dead import DEAD, is_dead
 from mcmahan2017.search import Task
 
 
@@ -85,6 +86,8 @@ def _run(task: Task, folder: Path, on_gpu: bool) -> fedsim.Run:
     stop_at = {"test_accuracy": task.cell.target}
     try:
         try:
+            if is_dead(run := fedsim.load_run(folder)):
+                return run
             return fedsim.resume(folder)
         except NewerVersionError:
             raise
@@ -99,8 +102,6 @@ def _finished(task: Task, run: fedsim.Run) -> Finished:
     accuracy = rounds["test_accuracy"]
     crossing = Target("test_accuracy", task.cell.target).crossing(rounds["round"].tolist(), accuracy.tolist())
     key = {"cell": task.cell.name, "lr": task.rate, "seed": task.seed}
-    versions, machine, device = environment.versions(), environment.machine(), run.info["device"]
-    gpu = "" if device == "cpu" else f", {device}"
     row = {
         **key,
         "phase": task.phase,
@@ -108,12 +109,31 @@ def _finished(task: Task, run: fedsim.Run) -> Finished:
         "rounds": int(rounds["round"].max()),
         "rounds_to_target": crossing if crossing is not None else float("nan"),
         "best_accuracy": accuracy.max(),
-        "status": run.status,
+        "status": DEAD if is_dead(run) else run.status,
         "seconds": rounds["round_s"].sum(),
         "weights_sha256": rounds["weights_sha256"].iloc[-1],
         "date": datetime.now(UTC).date().isoformat(),
         "git_commit": run.info["git_commit"],
-        "machine": f"{machine['num_cpus']} cores, {machine['processor']}{gpu}",
-        "versions": ", ".join(f"{package} {versions[package]}" for package in ("python", "torch", "fedsim")),
+        "machine": _by_round(run.info, _machine),
+        "versions": _by_round(run.info, _versions),
     }
     return Finished(row, rounds[["round", "test_accuracy"]].astype({"test_accuracy": "float32"}).assign(**key))
+
+
+def _by_round(info: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
+    """What is said of each part of a run, by its first round: of several, where `fedsim resume --anyway` went on."""
+    said, last = text(info), text(info)
+    for part in info.get("resumes", []):
+        if text(part) != last:
+            last = text(part)
+            said += f"; from round {part['from_round']} on {last}"
+    return said
+
+
+def _machine(part: dict[str, Any]) -> str:
+    gpu = "" if part["device"] == "cpu" else f", {part['device']}"
+    return f"{part['machine']['num_cpus']} cores, {part['machine']['processor']}{gpu}"
+
+
+def _versions(part: dict[str, Any]) -> str:
+    return ", ".join(f"{package} {part['versions'][package]}" for package in ("python", "torch", "fedsim"))
