@@ -16,13 +16,13 @@ from fedsim.config import Config
 from fedsim.errors import ConfigError
 from fedsim.experiment import prepare
 from fedsim.numerics import numerics
-from fedsim.stacked import Stacked, engine, layers, obstacle
+from fedsim.stacked import Stacked, engine, layers, obstacle, stack
 from fedsim.stacked.engine import Piece, pieces
 from fedsim.stacked.layers import LAYERS
 from fedsim.stacked.lookahead import worthwhile_block
 from fedsim.stacked.parameter import Parameter
 from fedsim.stacked.patches import PatchedConv2d
-from fedsim.training import Examples, Loop, Sgd, Trained, Work
+from fedsim.training import Evaluation, Examples, Loop, Sgd, Trained, Work
 from fedsim.weights import Layout, Weights
 
 SHAPE, CLASSES = (2, 12, 10), 4
@@ -221,6 +221,26 @@ def test_what_a_convolution_gives_has_its_channels_innermost(channels):
     assert y[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True), nn.MaxPool2d(2, dilation=2)],
+    ids=str,
+)
+def test_pooling_before_a_relu_changes_no_bit(monkeypatch, pool):
+    size = pool(torch.zeros(1, 4, 10, 8)).numel()
+    module = made(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(size, CLASSES)))
+
+    def both() -> tuple[list[tuple[int, float, bytes]], list[Evaluation]]:
+        trained = stacked(module, HEAVY, 10).train(start(module), EXAMPLES, work(35, 60, epochs=2))
+        tested = stacked(module, HEAVY, 10).evaluate(trained[0].weights, EXAMPLES, [(0, 300)], [0])
+        return [bits(each) for each in trained], tested
+
+    assert [type(layer) for _, layer in stack.pooled_first(module)][1:3] == [nn.MaxPool2d, nn.ReLU]
+    swapped = both()
+    monkeypatch.setattr(stack, "pooled_first", lambda module: list(stack.leaves(module)))
+    assert both() == swapped
+
+
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
 def test_it_evaluates_as_the_module_does(kind):
     module = made(EXAMPLE_MODELS[kind])
@@ -253,10 +273,10 @@ def test_it_changes_neither_the_global_weights_nor_the_module():
     ("batch", "groups"), [(10, [(0, 7)]), (600, [(0, 3), (3, 6), (6, 7)]), (5000, [(k, k + 1) for k in range(7)])]
 )
 def test_a_gpu_takes_as_many_clients_at_once_as_its_memory_holds(batch, groups):
-    stack = stacked(made(models.MODELS["mlp"]), PLAIN, batch)
+    many = stacked(made(models.MODELS["mlp"]), PLAIN, batch)
     images = SimpleNamespace(is_cuda=True)
-    assert stack._together(Piece(slice(0, 7), 0, batch, 1), 1, images) == [(slice(*g), slice(*g)) for g in groups]
-    later = stack._together(Piece(slice(2, 9), 0, batch, 1), 1, images)
+    assert many._together(Piece(slice(0, 7), 0, batch, 1), 1, images) == [(slice(*g), slice(*g)) for g in groups]
+    later = many._together(Piece(slice(2, 9), 0, batch, 1), 1, images)
     assert later == [(slice(a + 2, b + 2), slice(a, b)) for a, b in groups]
 
 
