@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from fedsim.errors import RunFolderError
-from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRecord, RoundRecord
+from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRecord, RoundRecord, is_of_clients_evaluation
 from fedsim.results import Run, read
 
 _Rows = Mapping[int, Mapping[str, Any]]
@@ -94,21 +94,28 @@ def parting(one: Run, other: Run) -> Difference | None:
         RunFolderError: the records of one cannot be read.
     """
     first, second = Recorded(one), Recorded(other)
+    of_one: set[str] = set()
+    """What only one of the two recorded: no difference in what both did."""
+    if one.config.evaluation.clients != other.config.evaluation.clients:
+        of_one = {name for name in (*_ROUND_RESULTS, *_CLIENT_RESULTS) if is_of_clients_evaluation(name)}
     for round in sorted(first.rounds.keys() & second.rounds.keys()):
+        row, other_row = first.rounds[round], second.rounds[round]
+        is_tested_once = _is_null(row["test_accuracy"]) != _is_null(other_row["test_accuracy"])
+        without = of_one | ({"test_accuracy", "test_loss"} if is_tested_once else set())
         differences = itertools.chain(
-            _in_round(round, first.clients(round), second.clients(round)),
-            _differences(round, None, _ROUND_RESULTS, first.rounds[round], second.rounds[round]),
+            _in_round(round, first.clients(round), second.clients(round), without),
+            _differences(round, None, _ROUND_RESULTS, row, other_row, without),
         )
         if found := next(differences, None):
             return found
     return None
 
 
-def _in_round(round: int, rows: _Rows, others: _Rows) -> Iterator[Difference]:
-    """What differs between the clients of a round, by client_id."""
+def _in_round(round: int, rows: _Rows, others: _Rows, without: Set[str] = frozenset()) -> Iterator[Difference]:
+    """What differs between the clients of a round, by client_id; some columns left out."""
     for client_id in sorted(rows.keys() | others.keys()):
         if client_id in rows and client_id in others:
-            yield from _differences(round, client_id, _CLIENT_RESULTS, rows[client_id], others[client_id])
+            yield from _differences(round, client_id, _CLIENT_RESULTS, rows[client_id], others[client_id], without)
         else:
             there = [client_id if client_id in cohort else None for cohort in (rows, others)]
             yield Difference(round, client_id, "client_id", *there)
@@ -122,10 +129,15 @@ def client_differences(record: ClientRecord, row: Mapping[str, Any]) -> Iterator
 
 
 def _differences(
-    round: int, client_id: int | None, columns: Iterable[str], row: Mapping[str, Any], computed: Mapping[str, Any]
+    round: int,
+    client_id: int | None,
+    columns: Iterable[str],
+    row: Mapping[str, Any],
+    computed: Mapping[str, Any],
+    without: Set[str] = frozenset(),
 ) -> Iterator[Difference]:
     for column in columns:
-        if column in row and not _is_same(row[column], computed.get(column)):  # columns are added: an old run has fewer
+        if column not in without and not _is_same(row[column], computed[column]):
             yield Difference(round, client_id, column, row[column], computed[column])
 
 

@@ -68,8 +68,7 @@ def accuracy(runs: Given | Iterable[Given], *, target: float | None = None, ax: 
         )
         if len(of_some):
             ax.plot(of_some.index, of_some["mean"], _LINES[dash], color=color, linewidth=0.6)
-        low, high = frame["low"].clip(0, 1), frame["high"].clip(0, 1)
-        ax.fill_between(frame.index, low, high, color=color, alpha=0.18, linewidth=0)
+        ax.fill_between(frame.index, frame["low"], frame["high"], color=color, alpha=0.18, linewidth=0)
     if goal:
         ax.axhline(goal.value, color=NEUTRAL, linewidth=1, linestyle=(0, (1, 2)))
     _dress(ax, "round", "test accuracy (fraction)", shown[0].name if len(shown) == 1 else "")

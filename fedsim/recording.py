@@ -117,6 +117,7 @@ class Recording:
         self.stop_at = stop_at
         self._home, self._name, self._debug, self._launch, self._on_plan = home, name, debug, launch, on_plan
         self._records: list[RoundRecord] = []
+        self._info: dict[str, Any] = {}
         self._weights: Weights | None = self.start.weights if self.start else None
         self._writer: RunWriter | None = None
 
@@ -169,8 +170,9 @@ class Recording:
             self.plan = stack.enter_context(self._launch.connect(x, debug=self._debug))
             self._on_plan(self)
             self._pool = stack.enter_context(self._launch.open_pool(x, self.plan))
+            self._info = _info(self, self._pool.info)
             if self._home:
-                self._writer = stack.enter_context(self._home.open(_info(self, self._pool.info)))
+                self._writer = stack.enter_context(self._home.open(self._info))
             self._cleanup = stack.pop_all()
         return self
 
@@ -221,6 +223,7 @@ class Recording:
             self.name,
             self.folder,
             self._home.config if self._home else x.config,
+            _info=self._info,
             _records=tuple(self._records),
             _tensors=x.layout.unflatten(self._weights),
             _model=lambda: models.build(x.spec.model, x.spec.input_shape, x.spec.num_classes, x.spec.seed),

@@ -26,11 +26,15 @@ class Interval(NamedTuple):
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def interval(values: Sequence[float]) -> Interval:
+def interval(values: Sequence[float], within: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """The mean of independent values, with Student's t interval.
 
     For differences of pairs it is the paired interval. It assumes that the values are about normal: with three seeds
     it is wide, and should be.
+
+    Args:
+        values: the values.
+        within: what a value can be at all; the interval ends there.
     """
     number = len(values)
     if not number:
@@ -40,7 +44,7 @@ def interval(values: Sequence[float]) -> Interval:
         return Interval(mean, math.nan, math.nan, 1)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (number - 1))
     half = _quantile(number - 1) * deviation / math.sqrt(number)
-    return Interval(mean, mean - half, mean + half, number)
+    return Interval(mean, max(mean - half, within[0]), min(mean + half, within[1]), number)
 
 
 def _quantile(degrees: int) -> float:

@@ -98,6 +98,24 @@ def left_out(summary: pd.DataFrame) -> str:
     return f"Of runs of one group and seed the longest counts in means: {', '.join(said)}." if said else ""
 
 
+def uneven(summary: pd.DataFrame) -> str:
+    """Says of which groups the runs that count have done unequally many rounds; "" where they all went equally far.
+
+    Args:
+        summary: from `summary`.
+    """
+    done = _one_a_seed(summary).groupby("group", sort=False)["rounds"].agg(["min", "max"])
+    done = done[done["min"] < done["max"]]
+    said = [f"{label} are of rounds {low} to {high}" for label, low, high in done.itertuples()]
+    return f"Last accuracies of {', '.join(said)}: their runs went unequally far." if said else ""
+
+
+def _can_be(measure: str) -> tuple[float, float]:
+    """The least and the most that a measure or column can be."""
+    is_fraction = "accuracy" in measure and "variance" not in measure
+    return (0.0, 1.0) if is_fraction else (0.0, math.inf)
+
+
 def _what_is_computed(run: Read) -> dict[str, Any]:
     ignored = ("seed", "evaluation.clients")  # the second adds columns and changes none
     values = {key: value for key, value in computed(run.config).items() if key not in ignored}
@@ -125,7 +143,7 @@ def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:
 
 def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
     rounds = run.rounds
-    accuracy = rounds["test_accuracy"].dropna()
+    accuracy = rounds.set_index("round")["test_accuracy"].dropna()
     row = {
         "run": run.name,
         "group": label,
@@ -134,9 +152,7 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
         "rounds": _rounds_done(rounds),
         "final_accuracy": accuracy.iloc[-1] if len(accuracy) else math.nan,
         "best_accuracy": accuracy.max() if len(accuracy) else math.nan,
-        "best_round": int(rounds["round"].loc[accuracy.index[int(accuracy.to_numpy().argmax())]])
-        if len(accuracy)
-        else 0,
+        "best_round": int(accuracy.index[int(accuracy.to_numpy().argmax())]) if len(accuracy) else 0,
         "seconds": rounds["round_s"].sum(),
     }
     if target is None:
@@ -170,7 +186,7 @@ def over_seeds(summary: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for label, members in _one_a_seed(summary).groupby("group", sort=False):
         for measure in (name for name in _MEASURES if name in summary):
-            found = interval(members[measure].dropna().tolist())
+            found = interval(members[measure].dropna().tolist(), _can_be(measure))
             rows.append({"group": label, "measure": measure, **found._asdict(), "of": len(members)})
     return pd.DataFrame(rows, columns=["group", "measure", "mean", "low", "high", "number", "of"])
 
@@ -241,7 +257,10 @@ def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:
     frames = [run.rounds.set_index("round")[column].rename(run.config.seed) for run in one_a_seed(runs)]
     values = pd.concat(frames, axis=1)
     values = values.dropna(how="all").sort_index()
-    rows = [interval([x for x in row if not math.isnan(x)])._asdict() for row in values.astype(float).to_numpy()]
+    rows = [
+        interval([x for x in row if not math.isnan(x)], _can_be(column))._asdict()
+        for row in values.astype(float).to_numpy()
+    ]
     return pd.DataFrame(rows, index=values.index, columns=["mean", "low", "high", "number"])
 
 

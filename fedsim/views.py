@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,8 @@ from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolde
 from fedsim.experiment import split
 from fedsim.metrics import CLIENT_COLUMNS, Column, is_of_clients_evaluation
 from fedsim.resolution import resolve
-from fedsim.results import Run, load_runs, read
-from fedsim.results.runs import warn_of
+from fedsim.results import Run, load_runs
+from fedsim.results.runs import names, warn_of
 
 Given = Run | str | os.PathLike[str]
 """A run, its folder, or a pattern such as "results/*" for several."""
@@ -77,11 +77,10 @@ def views(given: Given | Iterable[Given]) -> list[View]:
     if not runs:
         raise RunFolderError("no runs were given")
     runs = list({run.path.resolve() if run.path else id(run): run for run in runs}.values())
-    names = [run.name for run in runs]
     found, unreadable = [], []
-    for run in runs:
+    for name, run in zip(names(runs), runs, strict=True):
         try:
-            found.append(_view(run, str(run.path or run.name) if names.count(run.name) > 1 else run.name))
+            found.append(_view(run, name))
         except NewerVersionError:
             raise
         except RunFolderError as error:
@@ -108,20 +107,12 @@ def view(given: Given) -> View:
 
 def _view(run: Run, name: str) -> View:
     info = run.info  # before the records: what is finished has them all
-    rounds, damage = _records(run, "rounds")
+    rounds, damage = run.read("rounds")
     if damage and rounds.empty:
         raise RunFolderError(f"not a round of {run.name} can be read: {damage[0]}")
-    clients, more = _records(run, "clients")
+    clients, more = run.read("clients")
     clients = clients[clients["round"].isin(rounds["round"])]  # of a run still going, they come before their round
     return View(name, run.path, run.config, info, rounds, clients, (*damage, *more))
-
-
-def _records(run: Run, kind: str) -> tuple[pd.DataFrame, list[str]]:
-    """As `Run.rounds` and `Run.clients`, with what is wrong with the part files that are left out."""
-    if run.path is None:
-        return (run.rounds if kind == "rounds" else run.clients), []
-    rows, damage = read(run.path, kind)
-    return rows.to_pandas(use_threads=False), damage
 
 
 def measure(column: str) -> Column:
@@ -172,8 +163,13 @@ def seconds(run: View) -> pd.DataFrame:
     return found
 
 
-def thinned(frame: pd.DataFrame, most: int) -> tuple[pd.DataFrame, int]:
-    """A frame by round in at most so many rows, each the mean of equally many rounds, under the first of them.
+def thinned(frame: pd.DataFrame, most: int, how: Literal["mean", "sum"] = "mean") -> tuple[pd.DataFrame, int]:
+    """A frame by round in at most so many rows, each of equally many rounds, but for the last; under the first of them.
+
+    Args:
+        frame: the frame.
+        most: rows.
+        how: what a row is of its rounds.
 
     Returns:
         The frame, and how many rounds a row is of.
@@ -182,8 +178,7 @@ def thinned(frame: pd.DataFrame, most: int) -> tuple[pd.DataFrame, int]:
     if width == 1:
         return frame, 1
     bins = np.arange(len(frame)) // width
-    means = frame.groupby(bins).mean()
-    return means.set_axis(frame.index[::width], axis=0), width
+    return frame.groupby(bins).agg(how).set_axis(frame.index[::width], axis=0), width
 
 
 def labels(run: View, dataset: Dataset | None = None) -> pd.DataFrame:

@@ -73,6 +73,17 @@ def test_runs_of_other_seeds_part_in_the_initial_weights(results):
     assert (difference.round, difference.client_id) == (0, None)
 
 
+@pytest.mark.parametrize("key", ["evaluation.clients", "evaluation.every"])
+def test_what_one_run_only_recorded_is_no_parting(results, tmp_path, key):
+    short = fedsim.load_run(results / "short")
+    value = True if key == "evaluation.clients" else 2
+    same = fedsim.run(SERIAL.override({key: value}), results=tmp_path, name="same")
+    assert parting(short, same) is None
+    other = fedsim.run(SERIAL.override({key: value, "training.lr": 0.3}), results=tmp_path, name="other")
+    difference = parting(short, other)
+    assert (difference.round, difference.column) == (1, "train_loss")
+
+
 def test_what_parts_is_what_was_changed(results, tmp_path):
     """A row that is changed by hand is found, whatever the column and place."""
     one = fedsim.run(SERIAL, results=tmp_path, name="one")

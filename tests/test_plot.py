@@ -15,6 +15,7 @@ import analyse_runs
 import fedsim
 from fedsim import views
 from fedsim.errors import FedsimWarning, InputError, RunFolderError
+from fedsim.strategies import fedavgm
 
 
 @pytest.fixture(autouse=True)
@@ -161,8 +162,17 @@ def test_labels_of_an_own_data_set_need_it(tmp_path):
 
 def test_labels_of_an_own_data_set_in_memory_are_not_those_of_another():
     run = fedsim.run(SERIAL, results=None, dataset=own_dataset())
-    with pytest.raises(InputError, match="its clients have other shards"):
+    with pytest.raises(InputError, match="mnist had a data set of its own"):
         fedsim.plot.partition(run)
+
+
+def test_runs_in_memory_with_other_parts_are_a_line_each():
+    runs = [fedsim.run(SERIAL, results=None, strategy=strategy) for strategy in (None, fedavgm())]
+    ax = fedsim.plot.accuracy(runs)
+    assert [line.get_label() for line in ax.get_lines()] == [
+        "mnist",
+        "own strategy=fedsim.strategies.fedavgm(server_lr=1.0, server_momentum=0.9)",
+    ]
 
 
 def test_labels_are_never_fetched(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import fedsim
 from fedsim.errors import FedsimWarning, NewerVersionError, RunFolderError
 from fedsim.metrics import SCHEMA_VERSION
 from fedsim.recording import Recording
-from fedsim.results import load_run, load_runs, read
+from fedsim.results import Runs, load_run, load_runs, read
 from fedsim.results.parts import SCHEMAS
 from fedsim.verification import verify
 
@@ -314,14 +314,33 @@ def test_a_run_json_of_something_else_is_no_run(two):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_without_parts_among_several_is_named_and_the_others_are_there(two, kind):
     pattern, bad = two
+    runs = load_runs(pattern)  # before it loses them
     shutil.rmtree(bad / f"{kind}.parquet")
-    runs = load_runs(pattern)
     with pytest.warns(FedsimWarning, match=rf"bad/{kind}\.parquet is missing.*left out") as said:
         found = frame(runs, kind)
     assert len(said) == 1
     pd.testing.assert_frame_equal(found, frame(load_run(bad.with_name("mnist")), kind))
     with pytest.raises(RunFolderError, match=rf"bad/{kind}\.parquet is missing"):
         frame(load_runs(bad), kind)
+
+
+def test_a_run_without_rounds_costs_no_summary_of_the_others(two):
+    pattern, bad = two
+    shutil.rmtree(bad / "rounds.parquet")
+    with pytest.warns(FedsimWarning, match=r"bad/rounds\.parquet is missing.*left out"):
+        runs = load_runs(pattern)
+    assert runs.summary()["run"].tolist() == ["mnist"]
+
+
+def test_some_of_several_runs_are_runs(two):
+    runs = load_runs(two[0])
+    assert (runs[-1].name, runs[:1].rounds["run"].unique().tolist()) == ("mnist", ["bad"])
+
+
+def test_runs_in_memory_of_one_name_are_told_apart():
+    runs = Runs(fedsim.run(SERIAL.override({"seed": seed}), results=None) for seed in range(3))
+    assert runs.rounds["run"].unique().tolist() == ["mnist", "mnist (2)", "mnist (3)"]
+    assert runs.summary()["seed"].tolist() == [0, 1, 2]
 
 
 def test_a_damaged_part_of_one_of_several_runs_costs_its_rows_only(two):

@@ -383,7 +383,7 @@ def test_groups_of_seeds_are_a_line_each(tmp_path):
     assert "Highest last test accuracy: 0.775, of B: training.lr=0.5. Runs: 4 finished." in page.text[""]
     assert "training. lr" in page.text["Configuration"].partition("What all share")[0], "with a place to break"
     assert page.chart("Time of a mean round")["layout"]["yaxis"]["ticktext"] == ["a0", "a1", "a2", "b"]
-    assert page.trace("Time of a mean round", "evaluation")["x"] == [0.5, 0.5, 0.5, pytest.approx(1 / 3, rel=1e-4)]
+    assert page.trace("Time of a mean round", "evaluation")["x"] == [0.25] * 4
 
 
 def test_a_seed_counts_once_and_the_page_says_for_which_run(tmp_path):
@@ -437,8 +437,30 @@ def test_a_run_in_memory_needs_a_file(tmp_path):
     with pytest.raises(InputError, match="name a file"):
         fedsim.report(run)
     page = Page(fedsim.report(run, tmp_path / "page.html"))
-    assert "Environment" not in page.text
+    assert f"numerics_fingerprint {run.info['numerics_fingerprint']}" in page.text["Environment"]
     assert page.trace("Test accuracy", "mnist")["x"] == [0, 1, 2, 3]
+
+
+def test_runs_in_memory_of_one_name_have_rows_of_their_own(tmp_path):
+    runs = [fedsim.run(SERIAL.override({"seed": seed}), results=None) for seed in range(2)]
+    page = Page(fedsim.report(runs, tmp_path / "page.html"))
+    assert page.chart("Time of a mean round")["layout"]["yaxis"]["ticktext"] == ["mnist", "mnist (2)"]
+    assert re.search(r"What differs run seed mnist 0 mnist \(2\) 1 ", page.text["Configuration"])
+
+
+@pytest.mark.parametrize("rounds", [201, 1001])
+def test_mishaps_are_counted_once_in_bars_of_many_rounds(tmp_path, rounds):
+    rows = [round_row(round, num_rejected=int(round == rounds - 1)) for round in range(rounds)]
+    page = page_of(make(tmp_path / "a", rows, []))
+    assert sum(page.trace("Mishaps in each", "rejected: update not finite")["y"]) == 1
+    assert f"In 1 of {rounds - 1} rounds, round {rounds - 1} the first." in page.text["Failures and retries"]
+
+
+def test_a_target_that_may_be_in_missing_rows_is_not_called_not_reached(tmp_path):
+    make_damaged(tmp_path / "a")
+    with pytest.warns(FedsimWarning, match="damaged"):
+        page = page_of(tmp_path / "a", target={"test_accuracy": 0.9})
+    assert "a not known, as rows are missing" in page.text["Rounds to target"]
 
 
 @pytest.mark.long

@@ -175,11 +175,30 @@ def test_a_curve_by_hand():
     assert frame.index.tolist() == [0, 2, 3]
     assert frame["mean"].tolist() == pytest.approx([0.2, 0.4, 0.7])
     assert frame["number"].tolist() == [2, 2, 1]
-    assert frame.loc[0, "high"] == pytest.approx(0.2 + 12.7062 * 0.1, rel=1e-4)  # half of 0.2/sqrt(2) * sqrt(2)
+    assert frame.loc[0, ["low", "high"]].tolist() == [0, 1], "no accuracy is beyond"
     assert math.isnan(frame.loc[3, "low"])
     of_all, of_some = summaries.by_number(frame)
     assert of_all.index.tolist() == [0, 2]
     assert of_some.index.tolist() == [2, 3], "the two meet"
+
+
+def test_an_interval_ends_where_a_value_must():
+    runs = [Stub("a", [0.2, 0.7]), Stub("b", [0.4, 0.7, 0.9], seed=1), Stub("c", [0.4, 0.4], **{"training.lr": 1.0})]
+    frame = summaries.summary(runs, Target("test_accuracy", 0.5))
+    means = summaries.over_seeds(frame).set_index(["group", "measure"])
+    assert means.loc[("training.lr=0.1", "final_accuracy"), ["mean", "low", "high"]].tolist() == [0.8, 0, 1]
+    rounds = means.loc[("training.lr=0.1", "rounds_to_target")]
+    assert rounds["mean"] == pytest.approx((0.6 + 1 / 3) / 2)
+    assert rounds["low"] == 0
+    assert rounds["high"] == pytest.approx(rounds["mean"] + 12.7062 * (0.6 - 1 / 3) / 2, rel=1e-4)
+
+
+def test_means_over_runs_of_unequal_length_are_said():
+    runs = [Stub("a", [0.2, 0.7]), Stub("b", [0.4, 0.7, 0.9], seed=1), Stub("c", [0.4, 0.4], **{"training.lr": 1.0})]
+    frame = summaries.summary(runs)
+    said = summaries.uneven(frame)
+    assert said == "Last accuracies of training.lr=0.1 are of rounds 1 to 2: their runs went unequally far."
+    assert summaries.uneven(frame[frame["run"] != "a"]) == ""
 
 
 @pytest.mark.parametrize("accuracies", [[0.1, 0.2], [0.1], [], [math.nan]])

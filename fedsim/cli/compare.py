@@ -44,6 +44,8 @@ def compare(
         console.print(said)
     if goal is not None:
         _say_unreached(goal, found, frame)
+    if said := summaries.uneven(frame):
+        console.print(said)
     if len(frame) > frame["group"].nunique():
         _say_groups(summaries.over_seeds(frame), "mean over seeds [95 % confidence]")
     if len(differences := summaries.paired(frame)):
@@ -89,7 +91,7 @@ def _say_unreached(goal: Target, runs: Runs, frame: pd.DataFrame) -> None:
     if without:
         console.print(f"{goal.column} was not recorded by {', '.join(without)}")
     if len(without) < len(runs) and frame["rounds_to_target"].isna().all():
-        console.print(f"no run has reached {goal}")
+        console.print(f"no run has reached {goal} in the rounds that can be read")
 
 
 def _say_groups(frame: pd.DataFrame, title: str) -> None:
@@ -138,12 +140,18 @@ def _say_parting(runs: Runs) -> None:
         console.print(table)
 
 
+_KEPT = (
+    *("versions", "machine", "git_commit", "engine", "data", "own", "stop_at"),
+    *("device", "numerics_fingerprint", "placement"),
+)
+"""Of run.json, what may explain a difference."""
+
+
 def _unlike(one: Run, other: Run) -> Iterable[tuple[str, tuple[Any, Any]]]:
     """Keys of the configuration and of run.json that are not the same, with both values."""
     from fedsim.config.changes import flat
 
-    kept = ("versions", "machine", "git_commit", "engine", "data", "own", "device", "numerics_fingerprint", "placement")
-    told = [dict(flat({key: run.info.get(key) for key in kept})) for run in (one, other)]
+    told = [dict(flat({key: run.info.get(key) for key in _KEPT})) for run in (one, other)]
     unlike: dict[tuple[str, Any, Any], None] = {}  # the plan says again what of it was configured
     for values in ([dict(flat(run.config.to_dict())) for run in (one, other)], told):
         for key in dict.fromkeys([*values[0], *values[1]]):

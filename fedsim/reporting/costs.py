@@ -39,10 +39,14 @@ def time(shown: Shown) -> str | None:
     return keys + drawn + html.table(headers, rows, "Seconds") + html.paragraph(_dominates(totals))
 
 
+def _trained(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rounds without round 0, which trains nothing; that one where there is no other."""
+    return frame[frame.index > 0] if (frame.index > 0).any() else frame
+
+
 def _median(frame: pd.DataFrame) -> float:
-    """Seconds of the median round; round 0, which trains nothing, only where there is no other."""
-    rounds = frame[frame.index > 0] if len(frame) > 1 else frame
-    return float(np.median(rounds.sum(axis=1)))
+    """Seconds of the median round."""
+    return float(np.median(_trained(frame).sum(axis=1)))
 
 
 def _by_round(frame: pd.DataFrame) -> str:
@@ -56,7 +60,7 @@ def _by_round(frame: pd.DataFrame) -> str:
 
 
 def _by_run(frames: Mapping[str, pd.DataFrame]) -> str:
-    means = pd.DataFrame({name: frame.sum() / max(1, len(frame) - 1) for name, frame in frames.items()}).T
+    means = pd.DataFrame({name: _trained(frame).mean() for name, frame in frames.items()}).T
     parts = {name: (means[part], *LOOKS[part]) for part, name in PARTS.items()}
     rounds = means.sum(axis=1)
     said = (
@@ -118,13 +122,13 @@ def _error(run: View) -> str:
 
 def _mishaps_by_round(run: View) -> str:
     whole = run.rounds.set_index("round")[list(MISHAPS)]
-    frame, width = thinned(whole, charts.MOST_BARS)
+    frame, width = thinned(whole, charts.MOST_BARS, "sum")
     frame.index = pd.Index(frame.index + (width - 1) / 2)
     there = {column: known for column, known in MISHAPS.items() if whole[column].any()}
-    parts = {name: (frame[column] * width, color, pattern) for column, (name, color, pattern) in there.items()}
+    parts = {name: (frame[column], color, pattern) for column, (name, color, pattern) in there.items()}
     first = int(whole.index[whole.sum(axis=1) > 0][0])
     rounds = int((whole.sum(axis=1) > 0).sum())
-    said = f"In {rounds} of {len(whole) - 1} rounds, round {first} the first."
+    said = f"In {rounds} of {(whole.index > 0).sum()} rounds, round {first} the first."
     keys = html.legend((html.area_key(color, pattern), name) for name, color, pattern in there.values())
     title = "Mishaps in each round" if width == 1 else f"Mishaps in each {width} rounds"
     return keys + html.figure(title, charts.bars(parts, "round", "clients", width=width), said, 240)

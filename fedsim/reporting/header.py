@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
-from collections.abc import Hashable, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from fedsim.reporting import html
 from fedsim.reporting.shown import Shown
 from fedsim.statistics import LEVEL, Interval
-from fedsim.summaries import left_out, over_seeds, summary
+from fedsim.summaries import left_out, over_seeds, summary, uneven
 from fedsim.views import View
 
 STATUSES = {"finished": "finished", "running": "still going", "failed": "failed", "interrupted": "interrupted"}
@@ -87,7 +84,7 @@ def _groups(shown: Shown) -> str:
     """Which group ended highest, and a line a group."""
     means = over_seeds(summary(shown.runs))
     found = {row["group"]: row for row in means[means["measure"] == "final_accuracy"].to_dict("records")}
-    ends = {group.label: _accuracy(found[group.name]) for group in shown.groups}
+    ends = {group.label: Interval(*(found[group.name][name] for name in Interval._fields)) for group in shown.groups}
     known = {label: end for label, end in ends.items() if end.number}
     said = ", ".join(f"{number} {state}" for state, number in Counter(map(_state, shown.runs)).items())
     if known:
@@ -103,23 +100,18 @@ def _groups(shown: Shown) -> str:
     return html.paragraph(f"{said}.", "outcome") + html.table(headers, rows)
 
 
-def _accuracy(row: Mapping[Hashable, Any]) -> Interval:
-    """An interval within what an accuracy can be."""
-    low, high = (value if math.isnan(value) else min(1.0, max(0.0, value)) for value in (row["low"], row["high"]))
-    return Interval(row["mean"], low, high, row["number"])
-
-
 def _runs(shown: Shown) -> str:
     """A row a run, with the letter of its group, and which of them are in no mean."""
     frame = summary(shown.runs)
     rows: list[list[object]] = []
     letters = {group.name: [group.letter] for group in shown.groups if group.letter}
     for run, row in zip(shown.runs, frame.to_dict("records"), strict=True):
-        cells: list[object] = [run.name, *letters.get(row["group"], []), _state(run), row["seed"]]
+        cells: list[object] = [run.name, *letters.get(row["group"], []), _state(run), str(row["seed"])]
         cells.append(f"{row['rounds']}/{run.config.rounds}")
         cells += [row[name] for name in ("final_accuracy", "best_accuracy", "seconds")]
         rows.append([*cells, _time(run.info.get("started_at", ""))])
     headers = ["run", *(["group"] if letters else []), "status", "seed", "rounds"]
     headers += ["last accuracy", "best accuracy", "seconds", "started"]
-    said = left_out(frame)
-    return html.table(headers, rows) + (html.paragraph(said, "quiet") if said else "")
+    return html.table(headers, rows) + "".join(
+        html.paragraph(said, "quiet") for said in (left_out(frame), uneven(frame)) if said
+    )

@@ -59,8 +59,7 @@ def _curve(shown: Shown, column: str) -> str | None:
         if whole.empty:
             continue
         frame = charts.thin(whole)
-        most = 1.0 if "accuracy" in column else math.inf
-        band = ("confidence interval", frame["low"].clip(lower=0.0), frame["high"].clip(upper=most))
+        band = ("confidence interval", frame["low"], frame["high"])
         until = by_number(whole)[0].index[-1]
         lines.append(Line(group.letter or group.name, frame["mean"], [band], group.color, group.dash, until))
         mean, rounds = whole["mean"], whole.index
@@ -116,7 +115,9 @@ def _target(shown: Shown, target: Target) -> str:
 
 
 def _missed(runs: Sequence[View], target: Target) -> str:
-    """Why runs have no round of a target: they did not come to it, or never measured its column."""
+    """Why runs have no round of a target: they did not come to it, never measured its column, or have lost rows."""
+    if any(run.damage for run in runs):
+        return "not known, as rows are missing"
     return "not reached" if any(run.rounds[target.column].notna().any() for run in runs) else "not recorded"
 
 

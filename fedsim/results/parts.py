@@ -98,11 +98,8 @@ def read(folder: Path, kind: str) -> tuple[pa.Table, list[str]]:
         NewerVersionError: a part is of a newer fedsim.
         RunFolderError: there is not a single part.
     """
-    names = sorted(_visible(folder, kind))
-    if not names:
-        raise RunFolderError(f"{folder / f'{kind}.parquet'} is missing, or has lost all of its parts")
     tables, damage = [SCHEMAS[kind].empty_table()], []
-    for name in names:
+    for name in sorted(names(folder, kind)):
         try:
             _check_ours(folder, kind, name)
             tables.append(_read(folder, kind, name))
@@ -111,6 +108,18 @@ def read(folder: Path, kind: str) -> tuple[pa.Table, list[str]]:
         except RunFolderError as error:
             damage.append(str(error))
     return pa.concat_tables(tables), damage
+
+
+def names(folder: Path, kind: str) -> list[str]:
+    """Of all files that are a run's `kind`, or lie among them.
+
+    Raises:
+        RunFolderError: there is not a single one.
+    """
+    found = _visible(folder, kind)
+    if not found:
+        raise RunFolderError(f"{folder / f'{kind}.parquet'} is missing, or has lost all of its parts")
+    return found
 
 
 def find_whole(folder: Path) -> Whole:

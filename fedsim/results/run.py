@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
@@ -40,6 +40,8 @@ class Run:
     name: str
     path: Path | None
     config: Config
+    _info: Mapping[str, Any] = field(default_factory=dict)
+    """Of a run from memory: what its run.json would say."""
     _records: tuple[RoundRecord, ...] = ()
     _tensors: dict[str, Tensor] | None = None
     _model: Callable[[], nn.Module] | None = None
@@ -74,9 +76,9 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What run.json says; a run that says running while nobody writes it reads as interrupted."""
+        """What run.json says, or would; a run that says running while nobody writes it reads as interrupted."""
         if self.path is None:
-            return {"name": self.name, "status": "finished"}
+            return {"name": self.name, "status": "finished", **self._info}
         info = read_info(self.path)
         if info is None:
             raise RunFolderError(f"{self.path} is not a run: it has no run.json of fedsim's")
@@ -125,11 +127,15 @@ class Run:
         layout.load(module, layout.of_named(self.weights()))
         return module
 
-    def _frame(self, kind: str) -> pd.DataFrame:
+    def read(self, kind: Literal["rounds", "clients"]) -> tuple[pd.DataFrame, list[str]]:
+        """As `rounds` or `clients`, with what is wrong with part files instead of warnings."""
         rows, damage = self._rows(kind)
+        return rows.to_pandas(use_threads=False), damage  # see `parts`
+
+    def _frame(self, kind: Literal["rounds", "clients"]) -> pd.DataFrame:
+        frame, damage = self.read(kind)
         for problem in damage:
             warnings.warn(f"{problem}; its rows are left out", FedsimWarning, stacklevel=3)
-        frame: pd.DataFrame = rows.to_pandas(use_threads=False)  # see `parts`
         return frame
 
     def _rows(self, kind: str) -> tuple[pa.Table, list[str]]:

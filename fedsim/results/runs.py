@@ -8,11 +8,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
 from fedsim import summaries
 from fedsim.config.changes import flat
 from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError, counted
+from fedsim.results import parts
 from fedsim.results.run import Run, load_run
 from fedsim.run_folder import find_runs, is_run
 from fedsim.targets import targets
@@ -26,7 +27,15 @@ SHOWN = 5
 
 
 class Runs(tuple[Run, ...]):
-    """Several runs; in all frames the column `run` tells them apart: their names, or paths where two have one name."""
+    """Several runs; in all frames the column `run` tells them apart, see `names`. A slice of them is `Runs` again."""
+
+    @overload
+    def __getitem__(self, place: SupportsIndex) -> Run: ...
+    @overload
+    def __getitem__(self, place: slice) -> Runs: ...
+    def __getitem__(self, place: SupportsIndex | slice) -> Run | Runs:
+        """A run, or some."""
+        return Runs(super().__getitem__(place)) if isinstance(place, slice) else super().__getitem__(place)
 
     def __repr__(self) -> str:
         """A line for a notebook: how many, and the first of their names."""
@@ -78,10 +87,9 @@ class Runs(tuple[Run, ...]):
     def _labelled(self) -> list[tuple[str, Run]]:
         if not self:
             raise InputError("there are no runs to read: these Runs are empty")
-        times = Counter(run.name for run in self)
-        return [(run.name if times[run.name] == 1 else str(run.path or run.name), run) for run in self]
+        return list(zip(names(self), self, strict=True))
 
-    def _frame(self, kind: str) -> pd.DataFrame:
+    def _frame(self, kind: Literal["rounds", "clients"]) -> pd.DataFrame:
         import pandas as pd
 
         frames, damage = [], []
@@ -111,7 +119,9 @@ def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
     found, damage = [], []
     for folder in folders.values():
         try:
-            found.append(load_run(folder))
+            run = load_run(folder)
+            parts.names(folder, "rounds")  # else there is nothing to read of it
+            found.append(run)
         except NewerVersionError:
             raise
         except InputError as error:
@@ -120,6 +130,18 @@ def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
     if not found:
         raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; {_advice(given)}")
     return Runs(found)
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """What tells runs apart: their names, or paths where two have one name; in memory they have none, and a number."""
+    times = Counter(run.name for run in runs)
+    said = [run.name if times[run.name] == 1 else str(run.path or run.name) for run in runs]
+    again: Counter[str] = Counter()
+    for place, name in enumerate(said):
+        again[name] += 1
+        if again[name] > 1:
+            said[place] = f"{name} ({again[name]})"
+    return said
 
 
 def _meant(path: str) -> list[Path]:
