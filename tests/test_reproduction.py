@@ -28,10 +28,11 @@ from fedsim.statistics import interval
 from fedsim.training import Examples, Sgd, local_sgd
 from mcmahan2017 import dead, page, variants
 from mcmahan2017 import plan as plans
+from mcmahan2017 import store as store_module
 from mcmahan2017 import work as work_module
 from mcmahan2017.dead import is_dead
 from mcmahan2017.search import Done, Task, chosen_rate, next_tasks
-from mcmahan2017.store import Store
+from mcmahan2017.store import KEY, Store, write
 from mcmahan2017.work import Finished, work
 
 PLAN = plans.read()
@@ -341,6 +342,19 @@ def test_an_interrupted_run_that_is_dead_has_ended(tmp_path, monkeypatch):
     assert f"{CELL.name} at rate 0.02 cannot get there" in "\n".join(page._page(PLAN, store, []))
 
 
+def test_a_run_that_was_added_half_is_added_once(tmp_path, monkeypatch):
+    Store(tmp_path).add(finished(CELL, 0.1, 1, 30.0))
+    with monkeypatch.context() as patch:  # killed between the two files
+        patch.setattr(store_module, "write", lambda path, frame: path.stem == "runs" or write(path, frame))
+        Store(tmp_path).add(finished(CELL, 0.1, 2, 40.0))
+    store = Store(tmp_path)
+    assert [run.seed for run in store.done(CELL)] == [1]
+    store.add(finished(CELL, 0.1, 2, 40.0))
+    whole = Store(tmp_path)
+    assert whole.curves.groupby(KEY).size().tolist() == [4, 4]
+    assert [run.seed for run in whole.done(CELL)] == [1, 2]
+
+
 def test_a_bug_is_not_taken_for_that(tmp_path):
     task = Task(Small({"data.dataset": "nothing"}), "search", 0.1, 0, 30)
     with pytest.raises(Exception, match="nothing"):
@@ -411,7 +425,12 @@ def test_interrupted_variants_go_on(tmp_path, monkeypatch):
         variants.measure(the_plan, tmp_path, pool)
     trials = variants.trials(the_plan)
     assert sorted(made) == sorted((t.cell.name, t.variant, seed) for t in trials for seed in t.seeds), "each once"
-    assert next(variants.rows(tmp_path, trials)) == (trials[0].variant, "3.0", "1.0, 2.0, 3.0, 4.0, 5.0", "0.03")
+    assert next(variants.rows(tmp_path, trials)) == (
+        trials[0].variant,
+        "3.0 [1.0, 5.0]",
+        "1.0, 2.0, 3.0, 4.0, 5.0",
+        "0.03",
+    )
 
 
 def test_unknown_cells_are_refused(capsys):

@@ -22,7 +22,7 @@ def is_dead(run: fedsim.Run) -> bool:
     """Whether a ReLU gives zero for every image of the training and test sets; reads all of them, a minute for the CNN.
 
     Nothing above that layer sees an image, and nothing below it has a gradient. So it stays, in every client's training
-    (by plain SGD) and in their mean: one label is the answer to all images in all later rounds.
+    (by plain SGD) and in their mean: in each later round one label is the answer to all images.
     """
     last = run.rounds["test_accuracy"].iloc[-1:]
     if run.status == "failed" or not (last <= _ONE_LABEL).all():

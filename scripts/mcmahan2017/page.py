@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import pandas as pd
+
 from benchmarks.elsewhere import table
 from fedsim.statistics import Interval, interval
 from mcmahan2017 import plots, variants
@@ -19,7 +21,12 @@ Verdict = Literal["inside", "outside", "searching", "running", "not run", "reach
 
 _DEAD = (
     "cannot get there, as one of its ReLUs gives zero for every image of both sets: no image changes the outputs any "
-    "more, and nothing below has a gradient. Its run ended with round"
+    "more, and nothing below has a gradient. Its run ended with round {}, which is not in the plan; earlier runs at "
+    "such rates went on to their ends."
+)
+_BANDS = (
+    "(The plan argues the bands by 0.85 to 1.18 and 0.48 to 2.08, rounded outwards: the first is 0.84 to the digits "
+    "given, and 0.5 is inwards. No verdict depends on it.)"
 )
 PAPER = "[McMahan et al. 2017](https://arxiv.org/abs/1602.05629)"
 
@@ -35,6 +42,8 @@ class Outcome:
     """To the target, of the seeds of the verdict; None before all are there, or if one has not reached it."""
     ratio: float = math.nan
     num_reached: int = 0
+    num_seeds: int = 0
+    """Of the verdict."""
     is_at_edge: bool = False
     """The search ended with the best rate at an edge: it had tried as many as it may."""
 
@@ -55,14 +64,14 @@ def outcome(plan: Plan, cell: Cell, store: Store) -> Outcome:
     reached = [rounds for rounds in found if not math.isnan(rounds)]
     if len(reached) < len(found):
         verdict: Verdict = "outside" if cell.published else "not reached"
-        return Outcome(cell, verdict, rate, num_reached=len(reached), is_at_edge=is_at_edge)
+        return Outcome(cell, verdict, rate, num_reached=len(reached), num_seeds=len(found), is_at_edge=is_at_edge)
     rounds = interval(reached)
     if not cell.published:
         return Outcome(cell, "reached", rate, rounds, num_reached=len(reached), is_at_edge=is_at_edge)
     ratio = rounds.mean / cell.published
     low, high = plan.band(cell)
     verdict = "inside" if low <= ratio <= high else "outside"
-    return Outcome(cell, verdict, rate, rounds, ratio, len(reached), is_at_edge)
+    return Outcome(cell, verdict, rate, rounds, ratio, len(reached), len(found), is_at_edge)
 
 
 def write(plan: Plan, store: Store) -> None:
@@ -102,12 +111,15 @@ def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str
         f"**{len(judged)} of {sum(cell.published > 0 for cell in plan.cells)} published numbers have been run to a "
         f"verdict: {inside} inside the band, {len(judged) - inside} outside.** Cells that have not been run say so.",
         "",
-        "Rounds until the test accuracy reaches the target: mean of three fresh seeds at the rate that a search with "
-        "another seed chose, with its 95 % confidence interval (Student's t: three seeds make it wide). The ratio is "
+        f"Rounds until the test accuracy reaches the target: mean of {len(plan.verdict_seeds)} fresh seeds at the rate "
+        "that a search with another seed chose, with its 95 % confidence interval (Student's t: so few seeds make it "
+        "wide). The ratio is "
         "ours over the paper's: below 1 is fewer rounds. Bands: "
         f"{_band(plan.bands['small_batches'])} for B = 10 and 50, {_band(plan.bands['whole_shard'])} for B = inf. A "
-        f"cell has not reached the target if one of its seeds needs more than {plan.cap:g} times the published rounds, "
-        f"or {plan.cap_without_published:,} where the paper has none (-).",
+        f"cell has not reached the target if one of its seeds diverges, or needs more than {plan.cap:g} times the "
+        f"published rounds, or {plan.cap_without_published:,} where the paper has none (-).",
+        "",
+        _BANDS,
         "",
         f"![Ratios]({plots.RATIOS})",
         "",
@@ -127,23 +139,32 @@ def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str
         yield from _variants(plan, store)
     for run in store.runs.to_dict("records"):
         if run.get("status") == DEAD:
-            yield from (f"{run['cell']} at rate {run['lr']:g} {_DEAD} {run['rounds']}.", "")
+            yield from (f"{run['cell']} at rate {run['lr']:g} {_DEAD.format(run['rounds'])}", "")
     if len(store.runs):
-        hours = store.runs["seconds"].sum() / 3600
-        yield from (f"{len(store.runs):,} runs, {hours:.1f} hours of rounds, one process each, pauses included:", "")
-        for (machine, versions), runs in store.runs.groupby(["machine", "versions"]):
-            yield f"- {len(runs):,} on {machine}; {versions}"
+        yield from _made("runs of the tables", store.runs)
+    if (store.folder / variants.FILE).exists():
+        yield from _made("runs with something changed", pd.read_parquet(store.folder / variants.FILE))
+
+
+def _made(what: str, runs: pd.DataFrame) -> Iterator[str]:
+    """How many runs took how long, and on what."""
+    hours = runs["seconds"].sum() / 3600
+    yield from (f"{len(runs):,} {what}, {hours:.1f} hours of rounds, one process each, pauses included:", "")
+    columns, unknown = ["machine", "versions"], "not recorded"
+    on = runs.reindex(columns=columns, fill_value=unknown).fillna(unknown).value_counts(sort=False)
+    yield from (f"- {number:,} on {machine}; {versions}" for (machine, versions), number in on.items())
+    yield ""
 
 
 def _variants(plan: Plan, store: Store) -> Iterator[str]:
     trials = variants.trials(plan)
-    first = trials[0].cell
-    header = ("changed", "median", "seeds", "over the paper's")
+    first, first_seeds = trials[0].cell, trials[0].seeds
+    header = ("changed", "mean", "seeds", "over the paper's")
     yield from (
         "## What explains the difference",
         "",
         f"The 2NN on IID data with B = 10 and C = 0.1 needs {first.published} rounds in the paper. The same cell with "
-        "one thing changed at a time, five seeds each:",
+        f"one thing changed at a time (in the last rows the pixels and the rate), {len(first_seeds)} seeds each:",
         "",
         *table(header, variants.rows(store.folder, [trial for trial in trials if trial.cell == first])),
         "",
@@ -152,8 +173,9 @@ def _variants(plan: Plan, store: Store) -> Iterator[str]:
         "",
     )
     yield from (
-        "Pixels in -1..1 in other cells, at the three rates with which a search starts; which of them is best is seen "
-        "on the same seeds, unlike in the tables above, and it may lie at an edge.",
+        "Pixels in -1..1 in other cells, at the three rates with which a search starts, and the next where the best "
+        "was at an edge. Which of them is best is seen on the same seeds, unlike in the tables above. With the CNN "
+        "this was not tried.",
         "",
     )
     for cell in dict.fromkeys(trial.cell for trial in trials if trial.cell != first):
@@ -168,10 +190,10 @@ def _variants(plan: Plan, store: Store) -> Iterator[str]:
 
 def _row(each: Outcome) -> tuple[str, ...]:
     cell = each.cell
-    ours = "-" if each.verdict in ("searching", "running", "not run") else f"{each.num_reached} of 3 seeds reached it"
+    is_known = each.verdict not in ("searching", "running", "not run")
+    ours = f"{each.num_reached} of {each.num_seeds} seeds reached it" if is_known else "-"
     if each.rounds:
-        mean, low, high, _ = each.rounds
-        ours = f"{mean:,.0f} [{low:,.0f}, {high:,.0f}]" if mean >= 100 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+        ours = variants.rounds_text(each.rounds)
     data = "IID" if cell.partition == "iid" else "non-IID"
     return (
         f"{data}, {cell.local_epochs}, {cell.batch_size or 'inf'}, {cell.per_round:g}",

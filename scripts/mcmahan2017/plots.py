@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 RATIOS = "ratios.svg"
 CURVES = "curves.svg"
+_START, _END = 0.07, 2.3
+"""Of the axis of ratios."""
 _COLORS = {0.0: "#d55e00", 0.1: "#0072b2", 0.2: "#009e73", 0.5: "#cc79a7", 1.0: "#5c5c5c"}
 
 
 def write(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> None:
     """Draws both."""
-    figures = {RATIOS: _ratios(plan, outcomes), CURVES: _curves(store, outcomes)}
+    figures = {RATIOS: _ratios(plan, outcomes), CURVES: _curves(plan, store, outcomes)}
     with mpl.rc_context({"svg.hashsalt": "fedsim", "svg.fonttype": "none"}):  # equal data, equal file
         for name, figure in figures.items():
             figure.savefig(store.folder / name, metadata={"Date": None})
@@ -31,34 +33,41 @@ def write(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> None:
 
 def _ratios(plan: Plan, outcomes: Sequence[Outcome]) -> Figure:
     """A point a cell with a verdict, its interval, and the band."""
-    shown = sorted((each for each in outcomes if each.rounds and each.cell.published), key=lambda each: each.cell.name)
+    judged = (each for each in outcomes if each.verdict in ("inside", "outside"))
+    shown = sorted(judged, key=lambda each: each.cell.name)
     figure = Figure(figsize=(8, 1.2 + 0.26 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for place, each in enumerate(shown):
         low, high = plan.band(each.cell)
         axes.fill_betweenx([place - 0.4, place + 0.4], low, high, color="#dfe9f2", linewidth=0)
-        assert each.rounds is not None
-        ends = [bound / each.cell.published for bound in (each.rounds.low, each.rounds.high)]
         color = "#0072b2" if each.verdict == "inside" else "#d55e00"
-        axes.plot([max(ends[0], 0.05), ends[1]], [place, place], color=color, linewidth=1)
+        if each.rounds is None:  # beyond the cap, or never
+            axes.plot(_END, place, ">", color=color, markersize=7)
+            said = f"{each.num_reached} of {len(plan.verdict_seeds)} seeds "
+            axes.text(_END * 0.95, place, said, ha="right", va="center", fontsize=7, color=color)
+            continue
+        ends = [bound / each.cell.published for bound in (each.rounds.low, each.rounds.high)]
+        axes.plot([max(ends[0], _START), ends[1]], [place, place], color=color, linewidth=1)
         axes.plot(each.ratio, place, "o" if each.verdict == "inside" else "s", color=color, markersize=5)
     axes.axvline(1, color="black", linewidth=0.8, linestyle="dotted")
     axes.set_xscale("log")
-    axes.set_xlim(0.2, 2.5)
-    axes.set_xticks([0.25, 0.5, 0.8, 1, 1.25, 2], ["0.25", "0.5", "0.8", "1", "1.25", "2"])
+    axes.set_xlim(_START, _END * 1.1)
+    axes.set_xticks([0.1, 0.25, 0.5, 0.8, 1, 1.25, 2], ["0.1", "0.25", "0.5", "0.8", "1", "1.25", "2"])
     axes.set_xticks([], minor=True)
     axes.set_yticks(range(len(shown)), [each.cell.name.replace("-", " ") for each in shown], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("our rounds to the target over the paper's (shaded: the band; square: outside)")
+    axes.set_xlabel(
+        "our rounds to the target over the paper's (shaded: the band; square: outside; arrow: so few seeds reached it)"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _curves(store: Store, outcomes: Sequence[Outcome]) -> Figure:
+def _curves(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Figure:
     """The best test accuracy so far by round: Table 1 as far as it was run, all seeds of the verdict."""
     panels: dict[tuple[str, str, int], list[Outcome]] = {}
     for each in sorted(outcomes, key=_place):
-        if each.cell.table == 1 and len(_curves_of(store, each)):
+        if each.cell.table == 1 and len(_curves_of(plan, store, each)):
             panels.setdefault(_kind(each), []).append(each)
     rows = max(1, -(-len(panels) // 2))
     figure = Figure(figsize=(9, 3.5 * rows), layout="constrained")
@@ -67,7 +76,7 @@ def _curves(store: Store, outcomes: Sequence[Outcome]) -> Figure:
         axes.remove()
     for axes, ((model, partition, batch_size), shown) in zip(all_axes, panels.items(), strict=False):
         for each in shown:
-            _draw(axes, store, each)
+            _draw(axes, plan, store, each)
         target = shown[0].cell.target
         axes.axhline(target, color="black", linewidth=0.8, linestyle="dotted")
         axes.set_ylim(0.8 if model == "2nn" else 0.94, target + 0.01 if model == "2nn" else 0.995)
@@ -90,15 +99,15 @@ def _place(each: Outcome) -> tuple[str, bool, str, float]:
     return model, batch_size == 0, partition, each.cell.per_round
 
 
-def _curves_of(store: Store, each: Outcome) -> pd.DataFrame:
+def _curves_of(plan: Plan, store: Store, each: Outcome) -> pd.DataFrame:
     """Of the verdict's seeds."""
     rows = store.curves[(store.curves["cell"] == each.cell.name) & (store.curves["lr"] == each.rate)]
-    return rows[rows["seed"] > 0]
+    return rows[rows["seed"].isin(plan.verdict_seeds)]
 
 
-def _draw(axes: Axes, store: Store, each: Outcome) -> None:
+def _draw(axes: Axes, plan: Plan, store: Store, each: Outcome) -> None:
     color = _COLORS[each.cell.per_round]
-    for number, (_, curve) in enumerate(_curves_of(store, each).groupby("seed")):
+    for number, (_, curve) in enumerate(_curves_of(plan, store, each).groupby("seed")):
         label = f"C = {each.cell.per_round:g}" if number == 0 else None
         axes.plot(curve["round"], curve["test_accuracy"].cummax(), color=color, linewidth=1, label=label)
     if each.cell.published:

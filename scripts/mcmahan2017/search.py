@@ -52,9 +52,7 @@ def next_tasks(plan: Plan, cell: Cell, done: Sequence[Done]) -> list[Task]:
         cell: the cell.
         done: all its runs so far.
     """
-    searched = [run for run in done if run.seed == plan.search_seed]
-    best = max(searched, key=lambda run: run.merit, default=None)
-    step = _next_step(plan, cell, {step_of(run.rate) for run in searched}, best)
+    best, step = _search(plan, cell, done)
     if step is not None:
         rounds = plan.max_rounds(cell)
         if best and not math.isnan(best.rounds_to_target):  # a run that needs more is beaten
@@ -71,20 +69,18 @@ def next_tasks(plan: Plan, cell: Cell, done: Sequence[Done]) -> list[Task]:
 
 def chosen_rate(plan: Plan, cell: Cell, done: Sequence[Done]) -> float | None:
     """The rate of the verdict; None while the search goes on."""
+    best, step = _search(plan, cell, done)
+    return best.rate if best and step is None else None
+
+
+def _search(plan: Plan, cell: Cell, done: Sequence[Done]) -> tuple[Done | None, int | None]:
+    """The best run of the search so far, and the next rate to try as a step of the grid: None when it is over."""
     searched = [run for run in done if run.seed == plan.search_seed]
     best = max(searched, key=lambda run: run.merit, default=None)
-    is_over = best and _next_step(plan, cell, {step_of(run.rate) for run in searched}, best) is None
-    return best.rate if best and is_over else None
-
-
-def _next_step(plan: Plan, cell: Cell, tried: set[int], best: Done | None) -> int | None:
-    """The next rate to try, as a step of the grid; None when the best is between two others."""
-    middle = step_of(cell.rate)
-    for step in (middle, middle + 1, middle - 1):
-        if step not in tried:
-            return step
-    assert best is not None
+    tried, middle = {step_of(run.rate) for run in searched}, step_of(cell.rate)
+    first = [step for step in (middle, middle + 1, middle - 1) if step not in tried]
+    if best is None or first:
+        return best, first[0]
     at = step_of(best.rate)
-    if len(tried) >= plan.max_rates:
-        return None
-    return next((step for step in (at + 1, at - 1) if step not in tried), None)
+    beside = [step for step in (at + 1, at - 1) if step not in tried]
+    return best, beside[0] if beside and len(tried) < plan.max_rates else None

@@ -30,7 +30,7 @@ class Store:
         return pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=KEY)
 
     def add(self, finished: Finished) -> None:
-        """Adds a run to both files."""
+        """Adds a run to both files, also where it was killed between them before."""
         self.runs = _added(self.runs, pd.DataFrame([finished.row])).sort_values(KEY, ignore_index=True)
         self.curves = _added(self.curves, finished.curve).sort_values([*KEY, "round"], ignore_index=True)
         for name, frame in (("curves", self.curves), ("runs", self.runs)):  # a run is there when its row is
@@ -51,4 +51,7 @@ def write(path: Path, frame: pd.DataFrame) -> None:
 
 
 def _added(frame: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    return pd.concat([frame, new], ignore_index=True) if len(frame) else new
+    if frame.empty:
+        return new
+    is_there = pd.MultiIndex.from_frame(frame[KEY]).isin(pd.MultiIndex.from_frame(new[KEY]))
+    return pd.concat([frame[~is_there], new], ignore_index=True)

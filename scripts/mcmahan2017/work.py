@@ -69,35 +69,37 @@ def work(task: Task, runs: Path, until: float, *, on_gpu: bool = False) -> Finis
     signal.signal(signal.SIGTERM, _interrupt)
     signal.setitimer(signal.ITIMER_REAL, left_s)
     try:
-        run = _run(task, folder, on_gpu)
+        run, status = _run(task, folder, on_gpu)
     except KeyboardInterrupt:
         return None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return _finished(task, run)
+    return _finished(task, run, status)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _run(task: Task, folder: Path, on_gpu: bool) -> fedsim.Run:
+def _run(task: Task, folder: Path, on_gpu: bool) -> tuple[fedsim.Run, str]:
+    """The run at its end, and its status."""
     config = task.cell.config(task.rate, task.seed, task.rounds).override({"placement.num_gpus": int(on_gpu)})
     stop_at = {"test_accuracy": task.cell.target}
     try:
         try:
             if is_dead(run := fedsim.load_run(folder)):
-                return run
-            return fedsim.resume(folder)
+                return run, DEAD
+            run = fedsim.resume(folder)
         except NewerVersionError:
             raise
         except InputError:  # it is not there, or was made by another version or machine: then from the start
-            return fedsim.run(config, results=folder.parent, name=folder.name, overwrite=True, stop_at=stop_at)
+            run = fedsim.run(config, results=folder.parent, name=folder.name, overwrite=True, stop_at=stop_at)
     except DivergedError:  # its rate is too high: an answer like another
-        return fedsim.load_run(folder)
+        run = fedsim.load_run(folder)
+    return run, run.status
 
 
-def _finished(task: Task, run: fedsim.Run) -> Finished:
+def _finished(task: Task, run: fedsim.Run, status: str) -> Finished:
     rounds = run.rounds
     accuracy = rounds["test_accuracy"]
     crossing = Target("test_accuracy", task.cell.target).crossing(rounds["round"].tolist(), accuracy.tolist())
@@ -109,15 +111,22 @@ def _finished(task: Task, run: fedsim.Run) -> Finished:
         "rounds": int(rounds["round"].max()),
         "rounds_to_target": crossing if crossing is not None else float("nan"),
         "best_accuracy": accuracy.max(),
-        "status": DEAD if is_dead(run) else run.status,
+        "status": status,
         "seconds": rounds["round_s"].sum(),
         "weights_sha256": rounds["weights_sha256"].iloc[-1],
-        "date": datetime.now(UTC).date().isoformat(),
-        "git_commit": run.info["git_commit"],
-        "machine": _by_round(run.info, _machine),
-        "versions": _by_round(run.info, _versions),
+        **signature(run.info),
     }
     return Finished(row, rounds[["round", "test_accuracy"]].astype({"test_accuracy": "float32"}).assign(**key))
+
+
+def signature(info: dict[str, Any]) -> dict[str, str]:
+    """When, by which code and on what a run was made; `info` is what its run.json says."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "git_commit": info["git_commit"],
+        "machine": _by_round(info, _machine),
+        "versions": _by_round(info, _versions),
+    }
 
 
 def _by_round(info: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> str:
