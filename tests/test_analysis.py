@@ -7,6 +7,7 @@ import pytest
 
 import fedsim
 import measure_analysis
+from measure_analysis import Measured
 
 
 def test_made_up_runs_are_read_like_others(tmp_path):
@@ -20,18 +21,20 @@ def test_made_up_runs_are_read_like_others(tmp_path):
 def test_the_page_keeps_what_was_measured_before(tmp_path, monkeypatch, capsys):
     def first(folder):
         """The first."""
-        yield "how long", 1.0, "s"
+        yield Measured("how long", 1.0, "s", at_most=1)
 
     def second(folder):
         """The second."""
-        yield "how much", 2.5, ""
+        yield Measured("how much", 2.5)
+        yield Measured("how often", 2.0, at_least=2.5)
 
     monkeypatch.setattr(measure_analysis, "MEASURES", {"first": first, "second": second})
     measure_analysis.main(["--output", str(tmp_path)])
     measure_analysis.main(["second", "--output", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
-    assert text.count("| how long | 1.00 s |") == text.count("| how much | 2.50 |") == 1
-    assert pd.read_parquet(tmp_path / "analysis.parquet")["name"].tolist() == ["first", "second"]
+    assert text.count("| how long | 1.00 s | at most 1 |") == text.count("| how much | 2.50 |  |") == 1
+    assert text.count("| how often | 2.00 | at least 2.5: **not reached** |") == 1
+    assert pd.read_parquet(tmp_path / "analysis.parquet")["name"].tolist() == ["first", "second", "second"]
     with pytest.raises(SystemExit) as ended:
         measure_analysis.main(["third"])
     assert ended.value.code == 2

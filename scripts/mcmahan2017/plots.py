@@ -35,7 +35,7 @@ def _ratios(plan: Plan, outcomes: Sequence[Outcome]) -> Figure:
     """A point a cell with a verdict, its interval, and the band."""
     judged = (each for each in outcomes if each.verdict in ("inside", "outside"))
     shown = sorted(judged, key=lambda each: each.cell.name)
-    figure = Figure(figsize=(8, 1.2 + 0.26 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(8, 1.4 + 0.26 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for place, each in enumerate(shown):
         low, high = plan.band(each.cell)
@@ -57,7 +57,7 @@ def _ratios(plan: Plan, outcomes: Sequence[Outcome]) -> Figure:
     axes.set_yticks(range(len(shown)), [each.cell.name.replace("-", " ") for each in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
-        "our rounds to the target over the paper's (shaded: the band; square: outside; arrow: so few seeds reached it)"
+        "rounds to the target over the paper's\n(shaded: the band; square: outside; arrow: not all seeds came to it)"
     )
     axes.spines[["top", "right"]].set_visible(False)
     return figure
