@@ -10,7 +10,7 @@ from typing import Any
 
 from fedsim.errors import RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, ROUND_COLUMNS, ClientRecord, RoundRecord, is_of_clients_evaluation
-from fedsim.results import Run, read
+from fedsim.results import Run
 
 _Rows = Mapping[int, Mapping[str, Any]]
 _KEYS = ("run", "round", "client_id")
@@ -52,14 +52,10 @@ class Recorded:
     """
 
     def __init__(self, run: Run) -> None:
-        assert run.path is not None, "it is on disk"
-        frames = []
-        for kind in ("rounds", "clients"):  # in this order: a round's row is written last
-            rows, damage = read(run.path, kind)
-            if damage:
-                raise RunFolderError(f"the records of {run.path} cannot be compared: {damage[0]}")
-            frames.append(rows.to_pandas(use_threads=False))
-        rounds, self._clients = frames
+        rounds, damage = run.read("rounds")  # in this order: a round's row is written last
+        self._clients, more = run.read("clients")
+        if damage or more:
+            raise RunFolderError(f"the records of {run.path or run.name} cannot be compared: {[*damage, *more][0]}")
         self.rounds: dict[int, dict[str, Any]] = {row["round"]: _named(row) for row in rounds.to_dict("records")}
 
     @property

@@ -6,6 +6,9 @@ All of them survive pickling, so that an actor can raise one and the driver sees
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class FedsimWarning(UserWarning):
     """Something is not as it was planned; results are not concerned."""
@@ -82,6 +85,11 @@ def first_line(error: BaseException) -> str:
     """
     line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip()
     return line if line.endswith("..") else line.removesuffix(".")
+
+
+def has_diverged(info: Mapping[str, Any]) -> bool:
+    """Whether a run ended with a `DivergedError`, by its run.json: it would again."""
+    return str(info.get("error")).startswith(f"{DivergedError.__name__}:")
 
 
 def counted(number: int, what: str) -> str:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedsim.config import RUN_NAME, Config
 from fedsim.config.changes import computed
-from fedsim.errors import ConfigError, DivergedError, RunFolderError
+from fedsim.config.changes import text as said
+from fedsim.errors import ConfigError, RunFolderError, has_diverged
 from fedsim.resolution import resolve
 from fedsim.run_folder import check_name, check_usable, is_live, is_run, read_run
 
@@ -125,7 +126,7 @@ def _short_names(keys: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     """A value in a name: what is not allowed there is left out."""
-    text = str(value)
+    text = said(value)
     if isinstance(value, float):
         short = f"{value:g}"
         text = (short if float(short) == value else repr(value)).replace("e+", "e")
@@ -138,26 +139,27 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mappin
     Raises:
         RunFolderError: the folder is no run, or holds another one.
     """
-    if not folder.exists():
+    if not (folder.exists() or folder.is_symlink()):
         check_usable(folder.parent)
         return Member(folder, config, "new")
     info, there, damage = read_run(folder)
     if damage:
         raise RunFolderError(f"{damage}; remove that folder, and the sweep makes the run again")
     was, now = computed(there), computed(config)
-    was["stop_at"] = ", ".join(info.get("stop_at", []))
-    now["stop_at"] = ", ".join(map(str, stop_at))
+    was["stop_at"] = ", ".join(sorted(set(info.get("stop_at", []))))
+    now["stop_at"] = ", ".join(sorted(set(map(str, stop_at))))
     was |= {f"own {part}": name for part, name in info["own"].items()}
     now |= {f"own {part}": called for part, called in own.items()}
     for key in dict.fromkeys([*now, *was]):
-        if was.get(key) != now.get(key):
+        if was.get(key) != now.get(key) and not (key == "rounds" and was[key] > now[key]):  # it was resumed for more
             raise RunFolderError(
-                f"{folder} is there with {key} = {was.get(key)!r}, not {now.get(key)!r}: give this sweep another --name"
+                f"{folder} is there with {key} = {said(was.get(key)) or 'none'}, not {said(now.get(key)) or 'none'}: "
+                "give this sweep another --name"
             )
     has_records = all((folder / f"{kind}.parquet").is_dir() for kind in ("rounds", "clients"))
     if info["status"] == "finished" and has_records and (folder / "checkpoint").is_dir():
         return Member(folder, config, "finished")
-    if str(info.get("error")).startswith(f"{DivergedError.__name__}:") and has_records:
+    if has_diverged(info) and has_records:
         return Member(folder, config, "diverged")
     if is_live(folder):
         raise RunFolderError(f"{folder} is being written by a running fedsim; wait until that ends")

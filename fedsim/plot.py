@@ -17,9 +17,10 @@ import pandas as pd
 
 from fedsim.datasets import Dataset
 from fedsim.palette import COLORS, NEUTRAL, look
+from fedsim.results.runs import Given
 from fedsim.summaries import by_number, curve, groups, one_a_seed, over_seeds, summary
 from fedsim.targets import Target
-from fedsim.views import PARTS, Given, View, check_measured, labels, measure, quantiles, seconds, thinned, view, views
+from fedsim.views import PARTS, View, check_measured, labels, measure, quantiles, seconds, thinned, view, views
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,7 +178,7 @@ def _dress(ax: Axes, x: str, y: str, title: str) -> None:
 
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    ax.set_title(title, loc="left", fontsize="medium")
+    ax.set_title(title, loc="left", fontsize="medium", parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#E3E7EA", linewidth=0.8)
     ax.set_axisbelow(True)

@@ -24,7 +24,7 @@ from fedsim.homes import Home, NewRun
 from fedsim.launch import Launch
 from fedsim.metrics import RoundRecord
 from fedsim.results import Run, RunWriter
-from fedsim.run_folder import check_name, target
+from fedsim.run_folder import check_name, name_of, target
 from fedsim.simulation import federated_averaging
 from fedsim.strategies import Strategy
 from fedsim.targets import Target, targets
@@ -155,7 +155,7 @@ class Recording:
     @property
     def name(self) -> str:
         """The run's name."""
-        return self._home.folder.name if self._home else self._name
+        return name_of(self._home.folder) if self._home else self._name
 
     @property
     def done(self) -> int | None:

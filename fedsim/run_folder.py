@@ -82,6 +82,16 @@ def check_name(name: str) -> str:
     )
 
 
+def name_of(folder: Path) -> str:
+    """What a run in a folder is called."""
+    return Path(as_text(Path(os.path.abspath(folder)))).name  # noqa: PTH100 - Path.absolute keeps `..`
+
+
+def as_text(path: Path) -> str:
+    """A path for a person, or for a file of text: what is no text in it is replaced."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def check_replaceable(folder: Path) -> None:
     """Lets pass what `--overwrite` may replace: a run's folder that nobody is writing.
 
@@ -130,7 +140,10 @@ def paths_of(runs: Sequence[str], results: Path) -> list[Path]:
                 break
         else:
             found.append(path_of(run, results))
-    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+    unique: dict[Path, Path] = {}
+    for path in found:
+        unique.setdefault(path.resolve(), path)
+    return list(unique.values())
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], Config, str | None]:

@@ -74,13 +74,12 @@ def groups(runs: Sequence[R]) -> dict[str, list[R]]:
 
 
 def one_a_seed(runs: Sequence[R]) -> list[R]:
-    """Of runs of one group, those that count: the longest of each seed, of equally long ones the first.
+    """Of runs of one group, those that count: one a seed, the longest; others would be the same run again.
 
-    Others would be the same run again.
+    Of equally long ones it is one that has the clients' own accuracies, then the first.
     """
-    return [
-        runs[place] for place in _counted([run.config.seed for run in runs], [_rounds_done(run.rounds) for run in runs])
-    ]
+    ranks = [(_rounds_done(run.rounds), run.config.evaluation.clients) for run in runs]
+    return [runs[place] for place in _counted([run.config.seed for run in runs], ranks)]
 
 
 def left_out(summary: pd.DataFrame) -> str:
@@ -130,10 +129,11 @@ def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:
         target: adds what it took to get there.
 
     Returns:
-        Columns `run`, `group` (see `groups`), `seed`, `status`, `rounds` (done), `final_accuracy`, `best_accuracy`,
-        `best_round`, `seconds` (of all rounds); with a target also `rounds_to_target` (by the paper's rule, see
-        `Target.crossing`), `seconds_to_target` and `bytes_to_target` (down and up, of all clients), NaN where the run
-        has not reached it, or rounds before are missing.
+        Columns `run`, `group` (see `groups`), `seed`, `status`, `rounds` (done), `clients_evaluated` (whether it has
+        the clients' own accuracies), `final_accuracy`, `best_accuracy`, `best_round`, `seconds` (of all rounds); with a
+        target also `rounds_to_target` (by the paper's rule, see `Target.crossing`), `seconds_to_target` and
+        `bytes_to_target` (down and up, of all clients), NaN where the run has not reached it, or rounds before are
+        missing.
     """
     import pandas as pd
 
@@ -150,6 +150,7 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
         "seed": run.config.seed,
         "status": run.status,
         "rounds": _rounds_done(rounds),
+        "clients_evaluated": run.config.evaluation.clients,
         "final_accuracy": accuracy.iloc[-1] if len(accuracy) else math.nan,
         "best_accuracy": accuracy.max() if len(accuracy) else math.nan,
         "best_round": int(accuracy.index[int(accuracy.to_numpy().argmax())]) if len(accuracy) else 0,
@@ -168,7 +169,7 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
 
 
 def _rounds_done(rounds: pd.DataFrame) -> int:
-    return int(rounds["round"].max()) if len(rounds) else 0
+    return max(0, len(rounds) - 1)  # without round 0
 
 
 def over_seeds(summary: pd.DataFrame) -> pd.DataFrame:
@@ -222,20 +223,21 @@ def paired(summary: pd.DataFrame) -> pd.DataFrame:
 
 def _one_a_seed(summary: pd.DataFrame) -> pd.DataFrame:
     """The rows of the runs that count, see `one_a_seed`, of all groups."""
-    return summary.iloc[_counted(_group_and_seed(summary), summary["rounds"].tolist())]
+    ranks = list(zip(summary["rounds"], summary["clients_evaluated"], strict=True))
+    return summary.iloc[_counted(_group_and_seed(summary), ranks)]
 
 
 def _group_and_seed(summary: pd.DataFrame) -> list[tuple[str, int]]:
     return list(zip(summary["group"], summary["seed"], strict=True))
 
 
-def _counted(keys: Sequence[Hashable], rounds: Sequence[int]) -> list[int]:
-    """The places of the longest run of each key, in their order; of equally long ones the first."""
-    longest: dict[Hashable, int] = {}
+def _counted(keys: Sequence[Hashable], ranks: Sequence[tuple[int, bool]]) -> list[int]:
+    """The places of the highest rank of each key, in their order; of equal ones the first."""
+    highest: dict[Hashable, int] = {}
     for place, key in enumerate(keys):
-        if key not in longest or rounds[place] > rounds[longest[key]]:
-            longest[key] = place
-    return sorted(longest.values())
+        if key not in highest or ranks[place] > ranks[highest[key]]:
+            highest[key] = place
+    return sorted(highest.values())
 
 
 def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:

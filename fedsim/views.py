@@ -20,10 +20,8 @@ from fedsim.experiment import split
 from fedsim.metrics import CLIENT_COLUMNS, Column, is_of_clients_evaluation
 from fedsim.resolution import resolve
 from fedsim.results import Run, load_runs
-from fedsim.results.runs import names, warn_of
-
-Given = Run | str | os.PathLike[str]
-"""A run, its folder, or a pattern such as "results/*" for several."""
+from fedsim.results.parts import SCHEMAS
+from fedsim.results.runs import Given, names, warn_of
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """That stand for a distribution over clients."""
@@ -73,10 +71,7 @@ def views(given: Given | Iterable[Given]) -> list[View]:
         RunFolderError: there is none of which a round can be read.
     """
     items = [given] if isinstance(given, Run | str | os.PathLike) else list(given)
-    runs = [run for item in items for run in ([item] if isinstance(item, Run) else load_runs(item))]
-    if not runs:
-        raise RunFolderError("no runs were given")
-    runs = list({run.path.resolve() if run.path else id(run): run for run in runs}.values())
+    runs = load_runs([run for item in items for run in load_runs(item)])  # each is to be one, or to hold some
     found, unreadable = [], []
     for name, run in zip(names(runs), runs, strict=True):
         try:
@@ -110,7 +105,12 @@ def _view(run: Run, name: str) -> View:
     rounds, damage = run.read("rounds")
     if damage and rounds.empty:
         raise RunFolderError(f"not a round of {run.name} can be read: {damage[0]}")
-    clients, more = run.read("clients")
+    try:
+        clients, more = run.read("clients")
+    except NewerVersionError:
+        raise
+    except RunFolderError as error:
+        clients, more = SCHEMAS["clients"].empty_table().to_pandas(), [str(error)]
     clients = clients[clients["round"].isin(rounds["round"])]  # of a run still going, they come before their round
     return View(name, run.path, run.config, info, rounds, clients, (*damage, *more))
 

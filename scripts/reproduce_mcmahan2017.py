@@ -31,6 +31,7 @@ from pathlib import Path
 
 from torch.cuda import device_count as gpus
 
+from fedsim.errors import InputError
 from mcmahan2017 import page, plan, variants
 from mcmahan2017.search import Task, next_tasks
 from mcmahan2017.store import Store
@@ -151,6 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--gpu: torch finds no GPU here")
     if args.report and not any((args.output / name).is_file() for name in ("runs.parquet", variants.FILE)):
         parser.error(f"--report: nothing has been run into {args.output}; name the --output of a reproduction")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output}: that is a file; name a folder")
+    try:
+        Store(args.output)
+    except InputError as error:
+        parser.error(f"--output: {error}")
     cells = [cell for cell in the_plan.cells if any(fnmatch.fnmatch(cell.name, each) for each in args.cells)]
     if not args.report:
         with _alone(args.output) as is_alone:

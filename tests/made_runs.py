@@ -74,6 +74,7 @@ def make(folder, rounds=None, clients=None, config=SERIAL, status="finished", **
     data = datasets.load("synthetic")
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    last = rounds[-1]["round"] if rounds else -1
     said = {
         "fedsim_run": 1,
         "name": "made",
@@ -84,13 +85,15 @@ def make(folder, rounds=None, clients=None, config=SERIAL, status="finished", **
         "own": {},
         "data": {"name": data.name, "sha256": data.sha256(), "input_shape": data.input_shape, "num_classes": 10},
         "versions": {"python": "3.11.7"},
+        "stop_at": ["test_accuracy=0.9999"] if status == "finished" and last < config.rounds else [],
         **info,
     }
     (folder / "run.json").write_text(json.dumps(said))
     parts.write_empty(folder)
-    for kind, rows in (("clients", clients), ("rounds", rounds)):
-        if rows:
-            parts.write_rows(folder, kind, rounds[0]["round"], rounds[-1]["round"], rows)
+    if last > 0:
+        parts.write_rows(folder, "clients", rounds[0]["round"], last, clients)
+    if rounds:
+        parts.write_rows(folder, "rounds", rounds[0]["round"], last, rounds)
     return folder
 
 

@@ -1041,7 +1041,9 @@ def test_runs_lists_them_with_status_rounds_and_accuracy(call, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("damage", ["no config.toml", "cut config.toml", "no rounds.parquet", "newer", "bare run.json"])
+@pytest.mark.parametrize(
+    "damage", ["no config.toml", "cut config.toml", "no rounds.parquet", "newer", "bare run.json", "no date"]
+)
 def test_a_damaged_run_hides_no_other(call, damage):
     for name in ("bad", "good"):
         assert call("run", *QUICK, *sets("rounds=0"), "--name", name).code == 0
@@ -1054,6 +1056,8 @@ def test_a_damaged_run_hides_no_other(call, damage):
         (folder / "rounds.parquet").rename(folder / "elsewhere")
     elif damage == "newer":
         (folder / "run.json").write_text(json.dumps(info(folder) | {"fedsim_run": 999}))
+    elif damage == "no date":
+        (folder / "run.json").write_text(json.dumps(info(folder) | {"started_at": None}))
     else:
         (folder / "run.json").write_text(json.dumps({"fedsim_run": 1}))
     answer = call("runs")

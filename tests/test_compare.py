@@ -99,10 +99,7 @@ def test_what_parts_is_what_was_changed(results, tmp_path):
 
 
 def test_runs_with_rounds_missing_are_compared_by_what_they_have(results, tmp_path, capsys):
-    for name in ("gap", "empty"):
-        shutil.copytree(results / "long", tmp_path / name)
-    for part in (tmp_path / "empty").glob("*/part-0*"):
-        part.unlink()
+    shutil.copytree(results / "long", tmp_path / "gap")
     for kind in ("rounds", "clients"):
         rows, _ = fedsim.results.read(results / "long", kind)
         for part in (tmp_path / "gap" / f"{kind}.parquet").glob("part-0*"):
@@ -111,8 +108,73 @@ def test_runs_with_rounds_missing_are_compared_by_what_they_have(results, tmp_pa
         parts.write(tmp_path / "gap", kind, "part-000000-000005.parquet", some)
     assert compare(results, "long", str(tmp_path / "gap")) == 0
     assert "all results are equal, to the bit in the 5 rounds that both have" in capsys.readouterr().out
-    assert compare(results, "long", str(tmp_path / "empty")) == 0
-    assert "there is no round that both have" in capsys.readouterr().out
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The command line's own way with warnings, which a test run would take for errors."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield
+
+
+def in_parts(results, folder, kind, *gone):
+    """A copy of a run of five rounds with a part a round, without some of them."""
+    shutil.copytree(results / "long", folder)
+    for each in ("rounds", "clients"):
+        rows, _ = fedsim.results.read(results / "long", each)
+        for part in (folder / f"{each}.parquet").glob("part-0*"):
+            part.unlink()
+        for round in range(each == "clients", 6):
+            if (each, round) not in [(kind, number) for number in gone]:
+                some = rows.filter(pc.equal(rows["round"], round))
+                parts.write(folder, each, f"part-{round:06d}-{round:06d}.parquet", some)
+    return str(folder)
+
+
+@pytest.mark.usefixtures("warned")
+@pytest.mark.parametrize(
+    ("kind", "gone"), [("rounds", 0), ("rounds", 3), ("rounds", 5), ("clients", 3), ("clients", 5)]
+)
+def test_a_part_that_is_missing_is_named_and_nothing_is_made_of_its_absence(results, tmp_path, capsys, kind, gone):
+    whole, holey = in_parts(results, tmp_path / "whole", kind), in_parts(results, tmp_path / "holey", kind, gone)
+    assert compare(results, holey, whole, "--target", "test_accuracy=0.9999") == 0
+    said = "".join(capsys.readouterr())
+    assert "whether they part cannot be said" in said
+    assert ("holey is left out for whole" in said) == (kind == "rounds")
+    if kind == "rounds":
+        named = f"lacks the part with round {gone}"
+        assert "whether test_accuracy=0.9999 was reached is not known of holey, as rows are missing" in said
+    else:
+        named = f"clients.parquet/part-00000{gone}-00000{gone}.parquet is missing"
+        assert "no run has reached test_accuracy=0.9999" in said
+    assert named in said
+    with pytest.warns(fedsim.errors.FedsimWarning, match=named):
+        assert len(getattr(fedsim.load_run(holey), kind)) == len(getattr(fedsim.load_run(whole), kind)) - (
+            1 if kind == "rounds" else 3
+        )
+
+
+@pytest.mark.usefixtures("warned")
+def test_a_run_that_lost_all_of_its_rounds_is_not_taken_for_one_that_has_none(results, tmp_path, capsys):
+    gone = in_parts(results, tmp_path / "gone", "rounds", *range(6))
+    assert compare(results, "long", gone) == 0
+    said = "".join(capsys.readouterr())
+    assert "lacks the part with rounds 0 to 5" in said
+    assert "whether they part cannot be said" in said
+
+
+def test_lists_that_differ_are_shown(results, tmp_path, capsys):
+    fedsim.run(SERIAL, results=tmp_path, name="stopped", stop_at={"test_accuracy": 0.2})
+    assert compare(results, "short", str(tmp_path / "stopped")) == 0
+    assert re.search(r"stop_at +test_accuracy=0\.2", capsys.readouterr().out)
+
+
+def test_the_first_that_is_named_is_the_base_of_the_differences(results, capsys):
+    names = [str(results / name) for name in ("other-rate", "long", "other-rate", "short")]
+    assert compare(results, *names) == 0
+    assert "difference to rounds=3, training.lr=0.3, by seed" in capsys.readouterr().out
 
 
 def test_where_a_part_is_damaged_the_rest_of_the_comparison_is_there(results, tmp_path, capsys, monkeypatch):

@@ -43,14 +43,20 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
 
 
 def test_what_is_no_run(tmp_path):
-    with pytest.raises(RunFolderError, match="no run among"):
+    with pytest.raises(RunFolderError, match="nothing is not there"):
         views.views(tmp_path / "nothing")
-    with pytest.raises(RunFolderError, match="no runs were given"):
+    with pytest.raises(RunFolderError, match="no run among no paths"):
         views.views([])
     make(tmp_path / "a")
     make(tmp_path / "b")
     with pytest.raises(InputError, match="one run is drawn at a time, and these are 2: a, b"):
         fedsim.plot.timing(tmp_path / "*")
+
+
+def test_a_dollar_in_a_folders_name_is_no_formula(tmp_path):
+    ax = fedsim.plot.clients(make(tmp_path / "$\\foo$"))
+    ax.figure.canvas.draw()
+    assert ax.get_title(loc="left").startswith("$\\foo$")
 
 
 @pytest.mark.parametrize("content", [b"PAR1 but no more", b""])

@@ -332,6 +332,23 @@ def test_a_run_without_rounds_costs_no_summary_of_the_others(two):
     assert runs.summary()["run"].tolist() == ["mnist"]
 
 
+def test_runs_that_are_loaded_are_taken_with_others(two):
+    pattern, bad = two
+    chosen = [run for run in load_runs(pattern) if run.name == "bad"]
+    assert load_runs(chosen)[0] is chosen[0]
+    assert [run.name for run in load_runs([*chosen, pattern])] == ["bad", "mnist"]
+    with pytest.raises(RunFolderError, match="nowhere is not there"):
+        load_runs([*chosen, bad.with_name("nowhere")])
+
+
+def test_a_run_is_called_after_its_folder_wherever_one_stands(two, monkeypatch):
+    monkeypatch.chdir(two[1])
+    assert [load_run(path).name for path in (".", "../bad", "../mnist/../bad/", "rounds.parquet/..")] == ["bad"] * 4
+    odd = two[1].rename(two[1].with_name(b"b\xffd".decode(errors="surrogateescape")))
+    assert load_run(odd).name == "b\ufffdd"
+    assert load_runs(two[0]).summary()["run"].tolist() == ["b\ufffdd", "mnist"]
+
+
 def test_some_of_several_runs_are_runs(two):
     runs = load_runs(two[0])
     assert (runs[-1].name, runs[:1].rounds["run"].unique().tolist()) == ("mnist", ["bad"])

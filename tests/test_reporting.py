@@ -3,15 +3,17 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from helpers import SERIAL, as_version, content, make_old, rewrite
+from helpers import SERIAL, TINY, as_version, content, make_old, rewrite
 from made_runs import client_row, make, make_damaged, round_row
 
 import fedsim
@@ -22,6 +24,7 @@ from fedsim.reporting import html, learning
 from fedsim.run_folder import lock
 from fedsim.statistics import interval
 
+FASTER = SERIAL.override({"training.lr": 0.5})
 VOID = {"meta", "wbr", "line", "rect", "path", "br"}
 
 
@@ -570,9 +573,75 @@ def test_json_cannot_end_its_script():
 # ---------------------------------------------------------------- files and the command
 
 
+@pytest.mark.parametrize("what", ["run.json", "a text", "a pipe", "/dev/null"])
+def test_nothing_but_a_page_is_replaced(tmp_path, capsys, what):
+    folder = make(tmp_path / "a")
+    path = {"run.json": folder / what, "/dev/null": Path(what)}.get(what, tmp_path / "other")
+    if what == "a text":
+        path.write_text("mine")
+    elif what == "a pipe":
+        os.mkfifo(path)
+    before = content(folder)
+    assert command(folder, "--output", path) == 2
+    assert "is there and no HTML page, so it is not replaced; name another file" in capsys.readouterr().err
+    assert content(folder) == before
+    assert what != "a text" or path.read_text() == "mine"
+
+
+def test_a_page_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    folder = make(tmp_path / "a")
+    (tmp_path / "old.html").write_text("<!DOCTYPE html>")
+    (tmp_path / "link.html").symlink_to("old.html")
+    fedsim.report(folder, tmp_path / "link.html")
+    assert (tmp_path / "link.html").is_symlink()
+    assert Page(tmp_path / "old.html").trace("Test accuracy", "a")
+
+
+def test_labels_of_an_own_data_set_are_shown_where_it_is_given(tmp_path):
+    run = fedsim.run(SERIAL, results=tmp_path, dataset=TINY)
+    assert (
+        "Labels are not shown: mnist had a data set of its own; give it from Python: dataset=..."
+        in (page_of(run).text["Who has which labels"])
+    )
+    page = page_of(run, dataset=TINY)
+    assert np.sum(page.chart("Labels of each client")["data"][0]["z"]) == 60
+
+
+def test_a_run_that_diverged_presses_no_other_flat(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b", [round_row(n, train_loss=10.0**n, test_loss=2.0) for n in range(4)], config=FASTER)
+    page = page_of(tmp_path / "a", tmp_path / "b")
+    axis = page.chart("Training loss of the sampled clients")["layout"]["yaxis"]
+    assert axis["range"] == [0, pytest.approx(2.2)]
+    assert axis["title"]["text"] == "nats, cut at 2.2"
+    assert "range" not in page.chart("Test loss")["layout"]["yaxis"]
+
+
+def test_a_run_that_diverged_is_not_told_to_go_on(tmp_path):
+    folder = make(tmp_path / "a", status="failed", error="DivergedError: round 4: not finite")
+    assert "To go on" not in page_of(folder).text[""]
+
+
+def test_a_run_without_its_clients_is_shown_without_them(tmp_path):
+    folder = make(tmp_path / "a")
+    shutil.rmtree(folder / "clients.parquet")
+    with pytest.warns(FedsimWarning, match=r"clients\.parquet is missing"):
+        page = page_of(folder)
+    assert "Rows are missing" in page.text[""]
+    assert page.trace("Test accuracy", "a")
+    assert "Participation" not in page.text
+
+
+def test_few_clients_have_whole_numbers(tmp_path):
+    config = SERIAL.override({"clients.count": 1, "clients.per_round": 1})
+    page = Page(fedsim.report(fedsim.run(config, results=None), tmp_path / "page.html"))
+    assert page.chart("Labels of each client")["layout"]["xaxis"]["dtick"] == 1
+    assert "The only client was sampled in 3 of 3 rounds." in page.text["Participation"]
+
+
 def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = make(tmp_path / "a")
-    (folder / "report.html").write_text("the old one")
+    (folder / "report.html").write_text("<!doctype html> the old one")
 
     def full(*given, **named):
         raise OSError(28, "No space left on device", str(folder / "report.html"))
@@ -580,7 +649,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("fedsim.reporting.publish", full)
     with pytest.raises(RunFolderError, match=r"cannot write .*report.html: No space left on device"):
         fedsim.report(folder)
-    assert (folder / "report.html").read_text() == "the old one"
+    assert (folder / "report.html").read_text() == "<!doctype html> the old one"
 
 
 @pytest.mark.parametrize(
@@ -657,7 +726,6 @@ def test_of_several_runs_one_that_cannot_be_read_is_left_out(tmp_path, capsys, m
     [
         (lambda folder: (folder / PART).write_bytes(b"PAR1"), "not a round of a can be read"),
         (lambda folder: rewrite(folder / PART, lambda rows: as_version(rows, 999)), "update fedsim"),
-        (lambda folder: shutil.rmtree(folder / "clients.parquet"), "clients.parquet is missing"),
         (lambda folder: (folder / "run.json").write_text("{"), "run.json is damaged"),
         (lambda folder: (folder / "run.json").unlink(), "`fedsim runs` lists them"),
         (lambda folder: (folder / "config.toml").write_text("rounds = 'many'"), "rounds"),

@@ -433,6 +433,21 @@ def test_interrupted_variants_go_on(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("what", ["a file", "a damaged one"])
+def test_a_place_that_cannot_be_used_is_refused(tmp_path, capsys, what):
+    output = tmp_path / "out"
+    if what == "a file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        (output / "runs.parquet").write_bytes(b"torn")
+    with pytest.raises(SystemExit) as ended:
+        reproduce_mcmahan2017.main(["--output", str(output)])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "that is a file; name a folder" in said if what == "a file" else "runs.parquet cannot be read" in said
+
+
 def test_unknown_cells_are_refused(capsys):
     with pytest.raises(SystemExit) as ended:
         reproduce_mcmahan2017.main(["--cells", "table2-*", "table3-*"])

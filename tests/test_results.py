@@ -926,7 +926,7 @@ def test_a_pattern_stands_for_what_its_matches_do(tmp_path, monkeypatch):
     assert [found.name for found in load_runs("results/s*")] == ["seed-0", "seed-1"]
     assert [found.name for found in load_runs("results")] == ["a"]
     for name in ("a", "swept"):
-        with pytest.raises(RunFolderError, match=f"^no run among {name}; did you mean results/{name}\\?$"):
+        with pytest.raises(RunFolderError, match=f"^{name} is not there; did you mean results/{name}\\?$"):
             load_runs(name)
 
 

@@ -46,6 +46,7 @@ def test_a_row_by_hand():
         "seed": 3,
         "status": "finished",
         "rounds": 3,
+        "clients_evaluated": False,
         "final_accuracy": 0.7,
         "best_accuracy": 0.8,
         "best_round": 2,
@@ -103,7 +104,7 @@ def test_a_seed_counts_once():
 
 
 def test_of_a_seed_the_longest_run_counts_and_the_others_are_named():
-    """Long is what came to the later round: by one rule, whoever asks."""
+    """Long is what has more rounds: by one rule, whoever asks."""
 
     class Damaged(Stub):
         @property
@@ -111,17 +112,25 @@ def test_of_a_seed_the_longest_run_counts_and_the_others_are_named():
             return super().rounds.drop(index=[0, 1])
 
     runs = [Stub("a", [0.1, 0.2, 0.3]), Damaged("a-2", [0.1, 0.3, 0.4, 0.5]), Stub("a-3", [0.1, 0.2, 0.3, 0.4])]
-    runs += [Stub("b", [0.1], seed=1)]
+    runs += [Stub("a-4", [0.1, 0.2, 0.3, 0.4]), Stub("b", [0.1], seed=1)]
     other = Stub("c", [0.1], **{"training.lr": 0.5})
     frame = summaries.summary([*runs, other])
-    assert [run.name for run in summaries.one_a_seed(runs)] == ["a-2", "b"], "of equally long ones the first"
+    assert [run.name for run in summaries.one_a_seed(runs)] == ["a-3", "b"], "of equally long ones the first"
     (final,) = summaries.over_seeds(frame).query("measure == 'final_accuracy' and group.str.endswith('0.1')")["mean"]
-    assert final == pytest.approx((0.5 + 0.1) / 2)
-    assert summaries.curve(runs, "test_accuracy").index.tolist() == [0, 2, 3]
+    assert final == pytest.approx((0.4 + 0.1) / 2)
+    assert summaries.curve(runs, "test_accuracy").loc[3, "mean"] == 0.4
     assert summaries.left_out(frame) == (
-        "Of runs of one group and seed the longest counts in means: a is left out for a-2, a-3 is left out for a-2."
+        "Of runs of one group and seed the longest counts in means: "
+        "a is left out for a-3, a-2 is left out for a-3, a-4 is left out for a-3."
     )
-    assert summaries.left_out(summaries.summary([*runs[2:], other])) == ""
+    assert summaries.left_out(summaries.summary([*runs[3:], other])) == ""
+
+
+def test_of_equally_long_runs_one_counts_that_has_the_clients_accuracies():
+    runs = [Stub("a", [0.1, 0.2]), Stub("b", [0.1, 0.2], **{"evaluation.clients": True}), Stub("c", [0.1, 0.2])]
+    assert [run.name for run in summaries.one_a_seed(runs)] == ["b"]
+    said = summaries.left_out(summaries.summary(runs))
+    assert said.endswith(": a is left out for b, c is left out for b.")
 
 
 def test_where_rounds_are_missing_nothing_is_said_of_the_target():

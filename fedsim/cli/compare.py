@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -51,7 +51,7 @@ def compare(
     if len(differences := summaries.paired(frame)):
         _say_groups(differences, f"difference to {differences['than'].iloc[0]}, by seed [95 % confidence]")
     if len(found) == 2:
-        _say_parting(found)
+        _say_parting(found, frame["run"].tolist())
 
 
 class Shown(NamedTuple):
@@ -87,11 +87,19 @@ def _say_runs(frame: pd.DataFrame) -> None:
 
 def _say_unreached(goal: Target, runs: Runs, frame: pd.DataFrame) -> None:
     """Why nobody came to the target, and who could not have."""
-    without = [run.name for run in runs if run.rounds[goal.column].isna().all()]
+    without, unknown = [], []
+    for name, run, is_there in zip(frame["run"], runs, frame["rounds_to_target"].notna(), strict=True):
+        rounds, damage = run.read("rounds")
+        if damage and not is_there:
+            unknown.append(name)
+        elif rounds[goal.column].isna().all():
+            without.append(name)
     if without:
         console.print(f"{goal.column} was not recorded by {', '.join(without)}")
-    if len(without) < len(runs) and frame["rounds_to_target"].isna().all():
-        console.print(f"no run has reached {goal} in the rounds that can be read")
+    if unknown:
+        console.print(f"whether {goal} was reached is not known of {', '.join(unknown)}, as rows are missing")
+    elif len(without) < len(runs) and frame["rounds_to_target"].isna().all():
+        console.print(f"no run has reached {goal}")
 
 
 def _say_groups(frame: pd.DataFrame, title: str) -> None:
@@ -113,7 +121,7 @@ def _interval(row: Mapping[Any, Any] | None, shown: Shown) -> str:
     return shown.text(row["mean"]) + bounds + of
 
 
-def _say_parting(runs: Runs) -> None:
+def _say_parting(runs: Runs, names: Sequence[str]) -> None:
     """Where two runs part, and in what their configurations and environments differ."""
     from fedsim.comparison import parting, shown
     from fedsim.config.changes import text
@@ -133,7 +141,7 @@ def _say_parting(runs: Runs) -> None:
     else:
         was, now = shown(difference.recorded), shown(difference.computed)
         console.print(f"they part in {difference.where}: {difference.column} is {was} and {now}")
-    table = folding("different in", one.name, other.name)
+    table = folding("different in", *names)
     for key, values in _unlike(one, other):
         table.add_row(key, *map(text, values))
     if table.row_count:
@@ -152,10 +160,10 @@ def _unlike(one: Run, other: Run) -> Iterable[tuple[str, tuple[Any, Any]]]:
     from fedsim.config.changes import flat
 
     told = [dict(flat({key: run.info.get(key) for key in _KEPT})) for run in (one, other)]
-    unlike: dict[tuple[str, Any, Any], None] = {}  # the plan says again what of it was configured
+    unlike: dict[str, tuple[str, Any, Any]] = {}  # the plan says again what of it was configured
     for values in ([dict(flat(run.config.to_dict())) for run in (one, other)], told):
         for key in dict.fromkeys([*values[0], *values[1]]):
             pair = values[0].get(key, "-"), values[1].get(key, "-")
             if pair[0] != pair[1] and not key.startswith("placement.reasons"):
-                unlike[key, *pair] = None
-    return [(key, (was, now)) for key, was, now in unlike]
+                unlike[repr((key, pair))] = (key, *pair)
+    return [(key, (was, now)) for key, was, now in unlike.values()]

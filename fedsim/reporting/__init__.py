@@ -14,14 +14,16 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fedsim.datasets import Dataset
 from fedsim.errors import InputError, RunFolderError
 from fedsim.files import publish
-from fedsim.reporting import clients, costs, learning, settings
+from fedsim.reporting import clients, costs, html, learning, settings
 from fedsim.reporting.header import footer, header, title
 from fedsim.reporting.html import page
 from fedsim.reporting.shown import Shown
+from fedsim.results.runs import Given
 from fedsim.targets import Target, targets
-from fedsim.views import Given, View, views
+from fedsim.views import View, views
 
 __all__ = ["SECTIONS", "home", "report", "write"]
 
@@ -34,6 +36,7 @@ def report(
     path: str | os.PathLike[str] | None = None,
     *,
     target: Mapping[str, float] | None = None,
+    dataset: Dataset | None = None,
 ) -> Path:
     """Writes a page with plots of runs: of one, or of several side by side. It works offline.
 
@@ -43,6 +46,7 @@ def report(
         runs: runs, their folders, or patterns such as "results/*"; they may still be going.
         path: the file; None for report.html in the run's folder, or in the folder that all runs are in.
         target: what the runs were to reach, such as {"test_accuracy": 0.97}; the page says in which round they did.
+        dataset: of runs that had one of their own; shows which labels their clients have.
 
     Returns:
         The file.
@@ -50,22 +54,39 @@ def report(
     Raises:
         InputError: there is no run, one cannot be read, or the file cannot be written.
     """
-    return write(views(runs), None if path is None else Path(path), targets(target or {}))
+    return write(views(runs), None if path is None else Path(path), targets(target or {}), dataset)
 
 
-def write(runs: Sequence[View], path: Path | None, goals: Sequence[Target]) -> Path:
+def write(runs: Sequence[View], path: Path | None, goals: Sequence[Target], dataset: Dataset | None = None) -> Path:
     """See `report`."""
     path = home(runs) if path is None else path
-    shown = Shown(runs, goals)
+    shown = Shown(runs, goals, dataset)
     content = {name: made for name, section in SECTIONS.items() if (made := section(shown))}
     text = page(f"{title(shown)} · fedsim", header(shown), content, footer())
-    if path.is_dir():
-        raise RunFolderError(f"{path} is a folder; name a file, for example {path / 'report.html'}")
     try:
-        publish(path, text.encode("utf-8", "replace"))  # what a file names may be no text
+        _check_replaceable(path)
+        publish(path.resolve(), text.encode("utf-8", "replace"))  # what a file names may be no text
     except OSError as error:
         raise RunFolderError(f"cannot write {path}: {error.strerror or error}; name another file") from None
     return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Lets pass what a report may replace: another one, or nothing.
+
+    Raises:
+        RunFolderError: it is something else.
+        OSError: it cannot be read.
+    """
+    if path.is_dir():
+        raise RunFolderError(f"{path} is a folder; name a file, for example {path / 'report.html'}")
+    if path.exists() and not (path.is_file() and _is_page(path)):
+        raise RunFolderError(f"{path} is there and no HTML page, so it is not replaced; name another file")
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(html.START)).lower() in (b"", html.START.lower().encode())
 
 
 def home(runs: Sequence[View]) -> Path:

@@ -14,6 +14,8 @@ from fedsim.palette import NEUTRAL
 MOST_POINTS = 1000
 """Of a line: more could not be seen, and would only make the file larger."""
 MOST_BARS = 200
+MOST_TIMES = 50
+"""What the highest value of one line is of that of another; where it is more, the axis ends below it."""
 GRID = "#e6eaee"
 
 Chart = dict[str, Any]
@@ -67,12 +69,22 @@ def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Cha
     places = [place for line in drawn for place in line.middle.index]
     pad = 0.015 * max(1, max(places) - min(places))
     layout["xaxis"] |= {"range": [min(places) - pad, max(places) + pad], **_whole(places)}
+    if (cut := _cut([line.middle for line in drawn])) is not None:
+        layout["yaxis"] |= {"range": [0, cut], "title": {"text": f"{text(y)}, cut at {cut:.3g}", "standoff": 8}}
     layout["shapes"] = [
         {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level}
         | {"line": {"color": NEUTRAL, "width": 1, "dash": "dot"}}
         for level in levels
     ]
     return {"data": traces, "layout": layout | {"hovermode": "x"}}
+
+
+def _cut(drawn: Sequence[pd.Series[float]]) -> float | None:
+    """Where an axis of values ends, so that runs that diverged do not press all others flat; None for all is shown."""
+    highest = sorted(high for line in drawn if math.isfinite(high := float(line.replace(math.inf, math.nan).max())))
+    if not highest or highest[-1] <= MOST_TIMES * highest[0] or highest[0] <= 0:
+        return None
+    return 1.1 * max(high for high in highest if high <= MOST_TIMES * highest[0])
 
 
 def _band(name: str, low: pd.Series[float], high: pd.Series[float], color: str) -> Chart:
@@ -157,6 +169,7 @@ def heat(values: pd.DataFrame, x: str, y: str, unit: str) -> Chart:
         "hovertemplate": f"{text(x)} %{{x}}, {text(y)} %{{y}}: %{{z:,}} {text(unit)}<extra></extra>",
     }
     layout = _layout(x, y)
+    layout["xaxis"] |= _whole(range(values.shape[1]))
     layout["yaxis"] |= {"showgrid": False} | ({"dtick": 1} if len(values) <= 20 else {})
     return {"data": [trace], "layout": layout}
 

@@ -54,7 +54,8 @@ def _participation(shown: Shown, alike: Sequence[View]) -> str:
     said = f"A client was sampled in {times.min():,} to {times.max():,} of {rounds:,} rounds, half of them "
     said += f"in {times.median():g} or more; {(times == 0).sum():,} of {count:,} never were."
     if times.min() == times.max():
-        said = f"Each of the {count:,} clients was sampled in {times.min():,} of {rounds:,} rounds."
+        who = f"Each of the {count:,} clients" if count > 1 else "The only client"
+        said = f"{who} was sampled in {times.min():,} of {rounds:,} rounds."
         if list(there) == ["completed"]:
             return html.paragraph(shown.titled(alike, said))
     if count > MOST_CLIENTS:
@@ -110,9 +111,9 @@ def partition(shown: Shown) -> str | None:
 def _partition(shown: Shown, alike: Sequence[View]) -> str:
     run = alike[0]
     try:
-        counts = labels(run)
+        counts = labels(run, shown.dataset if "dataset" in run.info.get("own", {}) else None)
     except InputError as error:
-        return html.paragraph(f"Labels are not shown: {error}.")
+        return html.paragraph(f"Labels are not shown: {error}{'' if str(error).endswith('.') else '.'}")
     sizes, kinds = counts.sum(axis=1), (counts > 0).sum(axis=1)
     smallest, largest = sizes.min(), sizes.max()
     has = counted(smallest, "example") if smallest == largest else f"{smallest:,} to {largest:,} examples"

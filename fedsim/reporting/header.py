@@ -6,6 +6,7 @@ import shlex
 from collections import Counter
 from datetime import UTC, datetime
 
+from fedsim.errors import has_diverged
 from fedsim.reporting import html
 from fedsim.reporting.shown import Shown
 from fedsim.statistics import LEVEL, Interval
@@ -62,7 +63,8 @@ def _outcome(run: View) -> str:
         at = "" if last == run.last else f", measured in round {last:,}"
         peak = "" if best == last else f" (best {accuracy.max():.4f} in round {best:,})"
         said = f"Test accuracy {accuracy.iloc[-1]:.4f} after {rounds}{at}{peak}, {took}."
-    if run.status in ("interrupted", "failed") and run.path is not None and not run.info.get("own"):
+    can_go_on = run.status in ("interrupted", "failed") and not has_diverged(run.info) and not run.info.get("own")
+    if can_go_on and run.path is not None:
         said += f" To go on: fedsim resume {shlex.quote(str(run.path))}"
     return said
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+START = "<!DOCTYPE html>"
+
 Chart = Mapping[str, Any]
 """What plotly draws: `data` and `layout`."""
 
@@ -134,7 +136,7 @@ def page(title: str, header: str, sections: Mapping[str, str], footer: str) -> s
         f'<section aria-labelledby="{anchors[name]}"><h2 id="{anchors[name]}">{escape(name)}</h2>{content}</section>'
         for name, content in sections.items()
     )
-    return f"""<!DOCTYPE html>
+    return f"""{START}
 <html lang="en">
 <head>
 <meta charset="utf-8">

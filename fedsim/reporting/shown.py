@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from fedsim.datasets import Dataset
 from fedsim.palette import look
 from fedsim.reporting import html
 from fedsim.summaries import groups, one_a_seed
@@ -47,6 +48,8 @@ class Shown:
 
     runs: Sequence[View]
     targets: Sequence[Target]
+    dataset: Dataset | None = None
+    """Of the runs that had one of their own."""
 
     @cached_property
     def groups(self) -> list[Group]:

@@ -92,14 +92,16 @@ def write_empty(folder: Path) -> None:
 def read(folder: Path, kind: str) -> tuple[pa.Table, list[str]]:
     """The rows of a run's `kind` that can be read, as a table of the present schema, and what is wrong with the others.
 
-    Columns that are younger than a part are null in its rows.
+    They are in part files that are damaged, or missing though later ones are there, or the same rounds' of the other
+    kind. Columns that are younger than a part are null in its rows.
 
     Raises:
         NewerVersionError: a part is of a newer fedsim.
         RunFolderError: there is not a single part.
     """
-    tables, damage = [SCHEMAS[kind].empty_table()], []
-    for name in sorted(names(folder, kind)):
+    tables = [SCHEMAS[kind].empty_table()]
+    found, damage = _listed(folder, kind)
+    for name in found:
         try:
             _check_ours(folder, kind, name)
             tables.append(_read(folder, kind, name))
@@ -174,6 +176,40 @@ def _visible(folder: Path, kind: str) -> list[str]:
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is not a folder: move it elsewhere")
     return [file.name for file in path.glob("[!.]*")]
+
+
+def _listed(folder: Path, kind: str) -> tuple[list[str], list[str]]:
+    """The files of a run's `kind` in the order of their rounds, and which are missing."""
+    for _ in range(2):  # of a run still going, a listing may have a new part and not the one before it
+        of_rounds = _visible(folder, "rounds")  # before the clients, which are written first
+        found = sorted(names(folder, kind))
+        missing = _gaps(folder, found) if kind == "rounds" else _alone(folder, of_rounds, found)
+        if not missing:
+            break
+    return found, missing
+
+
+def _gaps(folder: Path, names: list[str]) -> list[str]:
+    """Rounds that no part of `rounds` has, and a later one follows."""
+    missing, expected = [], 0
+    for first, last in (map(int, match.groups()) for match in map(_PART.fullmatch, names) if match):
+        if first > expected:
+            missing.append(lacking(folder, expected, first - 1))
+        expected = max(expected, last + 1)
+    return missing
+
+
+def _alone(folder: Path, of_rounds: list[str], of_clients: list[str]) -> list[str]:
+    """Parts of clients that are not there, though those of their rounds are; round 0 has none."""
+    matches = [match for match in map(_PART.fullmatch, sorted(of_rounds)) if match]
+    alone = [match[0] for match in matches if int(match[2]) > 0 and match[0] not in of_clients]
+    return [f"{folder / 'clients.parquet' / name} is missing" for name in alone]
+
+
+def lacking(folder: Path, first: int, last: int) -> str:
+    """What is wrong with a run that has no rows of some rounds."""
+    rounds = f"round {first}" if first == last else f"rounds {first} to {last}"
+    return f"{folder / 'rounds.parquet'} lacks the part with {rounds}"
 
 
 def _check_ours(folder: Path, kind: str, name: str) -> None:

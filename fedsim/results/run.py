@@ -19,7 +19,7 @@ from fedsim.errors import FedsimError, FedsimWarning, RunFolderError, first_line
 from fedsim.metrics import RoundRecord, table
 from fedsim.numerics import numerics
 from fedsim.results import parts
-from fedsim.run_folder import is_live, read_info, read_run
+from fedsim.run_folder import is_live, name_of, read_info, read_run
 from fedsim.weights import Layout
 
 if TYPE_CHECKING:
@@ -141,7 +141,13 @@ class Run:
     def _rows(self, kind: str) -> tuple[pa.Table, list[str]]:
         """The rows that can be read, in their order, and what is wrong with the others."""
         if self.path is not None:
-            return parts.read(self.path, kind)
+            info = read_info(self.path) or {}  # before the records: a finished run has them all
+            rows, damage = parts.read(self.path, kind)
+            if kind == "rounds" and not damage and info.get("status") == "finished" and not info.get("stop_at"):
+                last = max(rows["round"].to_pylist(), default=-1)
+                if last < self.config.rounds:
+                    damage.append(parts.lacking(self.path, last + 1, self.config.rounds))
+            return rows, damage
         if kind == "rounds":
             return table([record.row(self.name) for record in self._records], parts.SCHEMAS[kind]), []
         clients = [client for record in self._records for client in record.clients]
@@ -166,4 +172,4 @@ def load_run(path: str | os.PathLike[str], *, model: Callable[..., nn.Module] | 
         model = lookup(models.MODELS, config.model.name, "model.name")
     shape, num_classes = tuple(info["data"]["input_shape"]), info["data"]["num_classes"]
     make = partial(models.build, model, shape, num_classes, config.seed) if model else None
-    return Run(folder.name, folder, config, _model=make)
+    return Run(name_of(folder), folder, config, _model=make)

@@ -6,7 +6,7 @@ import glob
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, overload
 
@@ -15,13 +15,15 @@ from fedsim.config.changes import flat
 from fedsim.errors import FedsimWarning, InputError, NewerVersionError, RunFolderError, counted
 from fedsim.results import parts
 from fedsim.results.run import Run, load_run
-from fedsim.run_folder import find_runs, is_run
+from fedsim.run_folder import as_text, find_runs, is_run
 from fedsim.targets import targets
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+Given = Run | str | os.PathLike[str]
+"""A run, its folder, or a pattern such as "results/*" for several."""
 SHOWN = 5
 """Names in the `repr` of runs."""
 
@@ -104,38 +106,46 @@ class Runs(tuple[Run, ...]):
         return pd.concat(frames, ignore_index=True)
 
 
-def load_runs(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Runs:
-    """Many runs at once; folders that are no run are skipped, damaged runs too, with a `FedsimWarning` for each.
+def load_runs(paths: Given | Iterable[Given]) -> Runs:
+    """Many runs at once, each once; damaged ones are left out, with a `FedsimWarning` for each.
 
     Args:
-        paths: runs' folders, folders that hold runs, such as a sweep's, or patterns of both: "results/*".
+        paths: runs' folders, folders that hold runs, such as a sweep's, or patterns of both: "results/*"; what else
+            lies there is skipped. Runs that are loaded already are taken as they are.
 
     Raises:
         NewerVersionError: one is of a newer fedsim.
-        RunFolderError: not one of them is a run.
+        RunFolderError: a path is not there, or there is no run.
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    folders = {folder.resolve(): folder for path in given for folder in _meant(os.fspath(path))}
-    found, damage = [], []
-    for folder in folders.values():
-        try:
-            run = load_run(folder)
-            parts.names(folder, "rounds")  # else there is nothing to read of it
-            found.append(run)
-        except NewerVersionError:
-            raise
-        except InputError as error:
-            damage.append(RunFolderError(f"{folder} cannot be read: {error}"))
-    warn_of(damage, found)
+    given = [paths] if isinstance(paths, Run | str | os.PathLike) else list(paths)
+    found: dict[Path | int, Run] = {}
+    damage: dict[Path | int, RunFolderError] = {}
+    for item in given:
+        if isinstance(item, Run):
+            found.setdefault(item.path.resolve() if item.path else id(item), item)
+            continue
+        for folder in _meant(os.fspath(item)):
+            key = folder.resolve()
+            if key in found or key in damage:
+                continue
+            try:
+                run = load_run(folder)
+                parts.names(folder, "rounds")  # else there is nothing to read of it
+                found[key] = run
+            except NewerVersionError:
+                raise
+            except InputError as error:
+                damage[key] = RunFolderError(f"{folder} cannot be read: {error}")
+    warn_of(list(damage.values()), found.values())
     if not found:
         raise RunFolderError(f"no run among {', '.join(map(str, given)) or 'no paths'}; {_advice(given)}")
-    return Runs(found)
+    return Runs(found.values())
 
 
 def names(runs: Sequence[Run]) -> list[str]:
     """What tells runs apart: their names, or paths where two have one name; in memory they have none, and a number."""
     times = Counter(run.name for run in runs)
-    said = [run.name if times[run.name] == 1 else str(run.path or run.name) for run in runs]
+    said = [run.name if times[run.name] == 1 or run.path is None else as_text(run.path) for run in runs]
     again: Counter[str] = Counter()
     for place, name in enumerate(said):
         again[name] += 1
@@ -145,22 +155,28 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 
 def _meant(path: str) -> list[Path]:
-    """The runs' folders that a path or a pattern stands for."""
+    """The runs' folders that a path or a pattern stands for.
+
+    Raises:
+        RunFolderError: there is no such path.
+    """
     is_pattern = glob.has_magic(path) and not Path(path).exists()
+    if not is_pattern and not Path(path).exists():
+        raise RunFolderError(f"{path} is not there; {_advice([path])}")
     matches = sorted(glob.glob(path)) if is_pattern else [path]  # noqa: PTH207 - absolute patterns too
     return [folder for match in map(Path, matches) for folder in ([match] if is_run(match) else find_runs(match))]
 
 
-def _advice(given: Sequence[str | os.PathLike[str]]) -> str:
+def _advice(given: Iterable[Given]) -> str:
     """What to do where nothing that was given is a run."""
-    for path in given:
+    for path in (item for item in given if not isinstance(item, Run)):
         inside = Path("results") / path
         if is_run(inside) or find_runs(inside):
             return f"did you mean {inside}?"
     return "`fedsim runs` lists them"
 
 
-def warn_of(damage: Sequence[RunFolderError], readable: Sequence[Any]) -> None:
+def warn_of(damage: Sequence[RunFolderError], readable: Collection[Any]) -> None:
     """Names the runs of several that cannot be read; where no other can, the first is an error."""
     if damage and not readable:
         raise damage[0]

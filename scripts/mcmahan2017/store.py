@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from fedsim.errors import InputError, first_line
 from mcmahan2017.plan import Cell
 from mcmahan2017.search import Done
 from mcmahan2017.work import Finished
@@ -18,6 +19,9 @@ class Store:
 
     Args:
         folder: of runs.parquet and curves.parquet.
+
+    Raises:
+        InputError: one of them is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -27,7 +31,10 @@ class Store:
 
     def _read(self, name: str) -> pd.DataFrame:
         path = self.folder / f"{name}.parquet"
-        return pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=KEY)
+        try:
+            return pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=KEY)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
     def add(self, finished: Finished) -> None:
         """Adds a run to both files, also where it was killed between them before."""
