@@ -8,7 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
+import unittest.mock
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,9 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import SERIAL
+from helpers import SERIAL, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import fedsim
@@ -26,7 +31,7 @@ from fedsim.config import RUN_NAME, Config
 from fedsim.errors import ClientError, ConfigError, FedsimWarning, InputError, RunFailedError, RunFolderError
 from fedsim.metrics import CLIENT_COLUMNS, CLIENT_SCHEMA, ROUND_COLUMNS, ROUND_SCHEMA, RoundRecord
 from fedsim.recording import Recording
-from fedsim.results import Run, Runs, begin, load_run, load_runs
+from fedsim.results import Run, Runs, begin, find_whole, load_run, load_runs
 from fedsim.run_folder import find_runs, is_live, target
 from fedsim.strategies import Strategy, fedavg
 from fedsim.weights import Layout
@@ -284,6 +289,46 @@ def test_quick_rounds_share_a_part(tmp_path, monkeypatch):
     assert parts(folder) == parts(folder, "clients") == ["part-000000-000003.parquet", "part-empty.parquet"]
 
 
+def test_rows_do_not_wait_for_the_next_round(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.results.writer.FLUSH_S", 0.2)
+    with begin(tmp_path / "a", SERIAL, {}) as writer:
+        for round in range(2):
+            writer.write(record_of(round, 0.0), dict, {})
+        wait_until(lambda: parts(tmp_path / "a") == ["part-000000-000001.parquet", "part-empty.parquet"])
+        writer.write(record_of(2, 0.0), dict, {})
+    assert read(tmp_path / "a")["round"].tolist() == [0, 1, 2]
+
+
+def test_rows_that_could_not_be_written_meanwhile_end_the_run_with_the_next_round(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedsim.results.writer.FLUSH_S", 0.05)
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(begin(tmp_path / "a", SERIAL, {}))
+        with monkeypatch.context() as patch:
+            patch.setattr("fedsim.results.parts.publish", full_disk)
+            writer.write(record_of(0, 0.0), dict, {})
+            wait_until(lambda: writer._failed)
+        stack.enter_context(pytest.raises(RunFailedError, match=r"cannot write .*: No space left on device"))
+        writer.write(record_of(1, 0.0), dict, {})
+    assert read(tmp_path / "a")["round"].tolist() == [0], "what waited is written once there is space"
+
+
+def full_disk(path, content, **options):
+    raise OSError(28, "No space left on device", str(path))
+
+
+@given(st.lists(st.floats(0, 0.02), min_size=1, max_size=12))
+@settings(max_examples=10, deadline=None)
+def test_whoever_writes_them_each_row_is_there_once(pauses):
+    with tempfile.TemporaryDirectory() as folder, unittest.mock.patch("fedsim.results.writer.FLUSH_S", 0.01):
+        config = SERIAL.override({"rounds": len(pauses)})
+        with begin(Path(folder) / "a", config, {}) as writer:
+            for round, pause in enumerate(pauses):
+                writer.write(record_of(round, 0.0), dict, {})
+                time.sleep(pause)
+        assert read(Path(folder) / "a")["round"].tolist() == list(range(len(pauses)))
+        assert find_whole(Path(folder) / "a").last == len(pauses) - 1
+
+
 def test_run_json_says_what_was_run_with_what(tmp_path):
     before = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
     finished = run(tmp_path)
@@ -415,22 +460,48 @@ def test_the_rounds_can_be_read_at_any_moment(tmp_path, every_round, monkeypatch
     assert not list(folder.rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize(("round_s", "num_waiting"), [(0.06, 12), (0.1, 5), (0.2, 0), (0.25, 0), (30.0, 0)])
-def test_no_row_waits_for_more_than_a_second(tmp_path, monkeypatch, round_s, num_waiting):
-    clock = SimpleNamespace(now=1000.0)
+@pytest.mark.parametrize(
+    ("rounds_s", "num_parts"),
+    [
+        ([0.0625] * 24, 2),
+        ([0.125] * 24, 3),
+        ([0.25] * 24, 6),
+        ([0.75] * 24, 12),
+        ([30.0] * 24, 24),
+        ([0.1, 0.1, 30.0, 0.1, 0.1, 0.1], 3),
+    ],
+)
+def test_no_row_waits_for_more_than_a_second_and_quick_rounds_share_a_part(tmp_path, monkeypatch, rounds_s, num_parts):
+    """By a clock of its own, that of the alarm too."""
+    clock, alarms = SimpleNamespace(now=1000.0), []
+
+    class Alarm:
+        def __init__(self, after_s, ring):
+            self.at, self.ring = clock.now + after_s, ring
+
+        def start(self):
+            alarms.append(self)
+
+        def cancel(self):
+            alarms[:] = []
+
     monkeypatch.setattr("fedsim.results.writer.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("fedsim.results.writer.threading.Timer", Alarm)
     config = SERIAL.override({"rounds": 100, "checkpoint.every_s": 10_000})
     with begin(tmp_path / "a", config, {}) as writer:
-        times, most_waiting = [], 0
-        for r in range(24):
-            clock.now += round_s
-            waiting = times[num_on_disk(tmp_path / "a") :]
-            assert all(clock.now + 3 * round_s - written <= 1.0 + 1e-6 for written in waiting), "also in a slower round"
+        times = []
+        for r, round_s in enumerate(rounds_s):
+            end = clock.now + round_s
+            for alarm in list(alarms):
+                if alarm.at <= end:
+                    clock.now = alarm.at
+                    alarm.ring()
+            clock.now = end
+            assert all(end - written <= 1.0 + 1e-6 for written in times[num_on_disk(tmp_path / "a") :])
             writer.write(record_of(r, round_s), dict, {})
-            times.append(clock.now)
-            most_waiting = max(most_waiting, len(times) - num_on_disk(tmp_path / "a"))
-    assert most_waiting <= num_waiting
-    assert read(tmp_path / "a")["round"].tolist() == list(range(24))
+            times.append(end)
+    assert read(tmp_path / "a")["round"].tolist() == list(range(len(rounds_s)))
+    assert len(parts(tmp_path / "a")) - 1 == num_parts
 
 
 def num_on_disk(folder):

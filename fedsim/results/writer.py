@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ from fedsim.metrics import RoundRecord
 from fedsim.results import parts
 
 FLUSH_S = 1.0
-"""Rows wait at most about this long before they are in a file, unless a round takes over four times the last one."""
+"""Rows wait at most about this long before they are in a file, however long the next round takes."""
 
 
 class RunWriter:
@@ -49,6 +50,9 @@ class RunWriter:
     ) -> None:
         self.folder, self._lock, self._config, self._info = folder, held, config, info
         self._waiting: list[RoundRecord] = []  # not in a file yet; an interrupt finds a round here whole, or not
+        self._flushing = threading.RLock()  # of the run's thread or the alarm's, whoever has the rows
+        self._alarm: threading.Timer | None = None
+        self._failed: OSError | None = None  # to a flush that nobody waited for
         self._last_round = last_round  # that is in a file
         self._is_over = is_over or last_round == config.rounds
         self._unsaved: tuple[RoundRecord, Callable[[], dict[str, Tensor]], dict[str, Tensor]] | None = None
@@ -86,31 +90,49 @@ class RunWriter:
         # a round in which no client completed ends the run, which is to go on before it
         is_lost = record.num_sampled > 0 and record.num_completed == 0
         self._unsaved = None if is_lost else (record, tensors, state)
-        self._waiting.append(record)
+        with self._flushing, self._failing():
+            if self._failed:
+                raise self._failed
+            self._waiting.append(record)
+            if record.num_dropped:  # such a run is another one than if nothing had been lost: it says so
+                self.update(num_dropped=self._info["num_dropped"] + record.num_dropped)
         now, settings = time.monotonic(), self._config.checkpoint
         self._is_over = is_over or record.round == self._config.rounds
         is_due = now - self._checkpointed >= settings.every_s or self._is_over
         with self._failing():
-            if record.num_dropped:  # such a run is another one than if nothing had been lost: it says so
-                self.update(num_dropped=self._info["num_dropped"] + record.num_dropped)
-            # the next round may take several times as long as this one, and nothing is written during it
-            if is_due or now + 4 * record.round_s - self._flushed >= FLUSH_S:
+            if is_due or now - self._flushed >= FLUSH_S:
                 self.flush()
+            elif self._alarm is None:  # the next round may take long
+                self._alarm = threading.Timer(FLUSH_S, self._flush_late)
+                self._alarm.daemon = True
+                self._alarm.start()
             if is_due:
                 self._save_last()
 
     def flush(self) -> None:
         """Publishes the waiting rows as one part each: first the clients, so that a round's row comes last."""
-        if not self._waiting:
-            return
-        name, first, last = self._info["name"], self._waiting[0].round, self._waiting[-1].round
-        clients = [client.row(name) for record in self._waiting for client in record.clients]
-        rounds = [record.row(name) for record in self._waiting]
-        for kind, rows in (("clients", clients), ("rounds", rounds)):
-            if rows:
-                self._unsynced.append(parts.write_rows(self.folder, kind, first, last, rows))
-        self._waiting, self._last_round = [], last
-        self._flushed = time.monotonic()
+        with self._flushing:
+            if self._alarm is not None:
+                self._alarm.cancel()
+                self._alarm = None
+            if not self._waiting:
+                return
+            name, first, last = self._info["name"], self._waiting[0].round, self._waiting[-1].round
+            clients = [client.row(name) for record in self._waiting for client in record.clients]
+            rounds = [record.row(name) for record in self._waiting]
+            for kind, rows in (("clients", clients), ("rounds", rounds)):
+                if rows:
+                    self._unsynced.append(parts.write_rows(self.folder, kind, first, last, rows))
+            self._waiting, self._last_round = [], last
+            self._flushed = time.monotonic()
+
+    def _flush_late(self) -> None:
+        """What the alarm does, in a thread of its own."""
+        with self._flushing:
+            try:
+                self.flush()
+            except OSError as error:
+                self._failed = error
 
     def _save_last(self) -> None:
         """Saves a checkpoint of the last round in a file, where it has none and may have one."""
@@ -141,6 +163,7 @@ class RunWriter:
                 error = error or own_error
                 raise
             finally:
+                self._waiting = []  # nothing for an alarm that comes now
                 self._end(error)
 
     @contextlib.contextmanager
