@@ -221,7 +221,8 @@ def _publish(folder: Path, new: pd.DataFrame) -> None:
             (row.what, f"{row.value:.2f} {row.unit}".strip(), _target(row.value, row.at_least, row.at_most), row.date)
             for row in rows.itertuples()
         ]
-        lines += [inspect.cleandoc(str(MEASURES[str(name)].__doc__)), "", *table(("measured", "value", "target", "date"), shown), ""]
+        lines += [inspect.cleandoc(str(MEASURES[str(name)].__doc__)), ""]
+        lines += [*table(("measured", "value", "target", "date"), shown), ""]
     signed = (", ".join(frame[column].unique()) for column in ("machine", "versions", "git_commit"))
     lines += ["{}; {}; code at {}.".format(*signed)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
