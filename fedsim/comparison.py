@@ -42,7 +42,7 @@ class Difference:
 
 
 class Recorded:
-    """The rows of a run that are on disk now.
+    """The rows of a run, as they are on disk now.
 
     Attributes:
         rounds: round -> its row.

@@ -94,18 +94,19 @@ def left_out(summary: pd.DataFrame) -> str:
     said = [
         f"{run} is left out for {counted[key]}" for run, key in zip(others["run"], _group_and_seed(others), strict=True)
     ]
-    return f"Of runs of one group and seed the longest counts in means: {', '.join(said)}." if said else ""
+    return f"Of runs of one group and seed one counts in means: {', '.join(said)}." if said else ""
 
 
 def uneven(summary: pd.DataFrame) -> str:
-    """Says of which groups the runs that count have done unequally many rounds; "" where they all went equally far.
+    """Says of which groups the last accuracies are of different rounds; "" where they are of one.
 
     Args:
         summary: from `summary`.
     """
-    done = _one_a_seed(summary).groupby("group", sort=False)["rounds"].agg(["min", "max"])
-    done = done[done["min"] < done["max"]]
-    said = [f"{label} are of rounds {low} to {high}" for label, low, high in done.itertuples()]
+    tested = _one_a_seed(summary).dropna(subset="final_accuracy")
+    last = tested.groupby("group", sort=False)["final_round"].agg(["min", "max"])
+    last = last[last["min"] < last["max"]]
+    said = [f"{label} are of rounds {low} to {high}" for label, low, high in last.itertuples()]
     return f"Last accuracies of {', '.join(said)}: their runs went unequally far." if said else ""
 
 
@@ -130,10 +131,10 @@ def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:
 
     Returns:
         Columns `run`, `group` (see `groups`), `seed`, `status`, `rounds` (done), `clients_evaluated` (whether it has
-        the clients' own accuracies), `final_accuracy`, `best_accuracy`, `best_round`, `seconds` (of all rounds); with a
-        target also `rounds_to_target` (by the paper's rule, see `Target.crossing`), `seconds_to_target` and
-        `bytes_to_target` (down and up, of all clients), NaN where the run has not reached it, or rounds before are
-        missing.
+        the clients' own accuracies), `final_accuracy`, `final_round`, `best_accuracy`, `best_round`, `seconds` (of all
+        rounds); with a target also `rounds_to_target` (by the paper's rule, see `Target.crossing`),
+        `seconds_to_target` and `bytes_to_target` (down and up, of all clients), NaN where the run has not reached it,
+        or rounds before are missing.
     """
     import pandas as pd
 
@@ -152,6 +153,7 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
         "rounds": _rounds_done(rounds),
         "clients_evaluated": run.config.evaluation.clients,
         "final_accuracy": accuracy.iloc[-1] if len(accuracy) else math.nan,
+        "final_round": int(accuracy.index[-1]) if len(accuracy) else 0,
         "best_accuracy": accuracy.max() if len(accuracy) else math.nan,
         "best_round": int(accuracy.index[int(accuracy.to_numpy().argmax())]) if len(accuracy) else 0,
         "seconds": rounds["round_s"].sum(),

@@ -1064,6 +1064,7 @@ def test_a_damaged_run_hides_no_other(call, damage):
     assert (answer.code, answer.err) == (0, "")
     assert re.search(r"^ *good +finished +0/0 ", answer.out, re.MULTILINE)
     assert re.search(r"^ *bad +\S", answer.out, re.MULTILINE)
+    assert damage != "no date" or "None" not in answer.out
 
 
 def test_data_status_looks_and_fetches_nothing(call, workplace):

@@ -349,6 +349,12 @@ def test_a_run_is_called_after_its_folder_wherever_one_stands(two, monkeypatch):
     assert load_runs(two[0]).summary()["run"].tolist() == ["b\ufffdd", "mnist"]
 
 
+def test_a_loaded_run_that_has_become_another_is_whole(tmp_path):
+    longer = fedsim.run(SERIAL, results=tmp_path, name="a")
+    fedsim.run(SERIAL.override({"rounds": 1}), results=tmp_path, name="a", overwrite=True)
+    assert longer.rounds["round"].tolist() == [0, 1]
+
+
 def test_some_of_several_runs_are_runs(two):
     runs = load_runs(two[0])
     assert (runs[-1].name, runs[:1].rounds["run"].unique().tolist()) == ("mnist", ["bad"])

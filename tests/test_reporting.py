@@ -396,7 +396,7 @@ def test_a_seed_counts_once_and_the_page_says_for_which_run(tmp_path):
     make(tmp_path / "b", config=SERIAL.override({"training.lr": 0.5}))
     page = page_of(tmp_path / "*")
     assert "A: training.lr=0.1 0.3 1 B: training.lr=0.5" in page.text[""], "no 2 seeds"
-    said = "Of runs of one group and seed the longest counts in means: a is left out for a-2."
+    said = "Of runs of one group and seed one counts in means: a is left out for a-2."
     assert said in page.text[""]
     assert page.trace("Test accuracy", "A")["y"] == pytest.approx([0.3] * 4)
     assert page.trace("Training loss. ", "A")["y"] == pytest.approx([1.1, 1.2, 1.3])
@@ -588,6 +588,13 @@ def test_nothing_but_a_page_is_replaced(tmp_path, capsys, what):
     assert what != "a text" or path.read_text() == "mine"
 
 
+def test_links_in_a_circle_are_no_bug(tmp_path, capsys):
+    for one, other in (("a.html", "b.html"), ("b.html", "a.html")):
+        (tmp_path / one).symlink_to(tmp_path / other)
+    assert command(make(tmp_path / "a"), "--output", tmp_path / "a.html") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
 def test_a_page_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
     folder = make(tmp_path / "a")
     (tmp_path / "old.html").write_text("<!DOCTYPE html>")
@@ -615,6 +622,22 @@ def test_a_run_that_diverged_presses_no_other_flat(tmp_path):
     assert axis["range"] == [0, pytest.approx(2.2)]
     assert axis["title"]["text"] == "nats, cut at 2.2"
     assert "range" not in page.chart("Test loss")["layout"]["yaxis"]
+
+
+def test_a_small_line_cuts_no_other_off(tmp_path):
+    for place, accuracy in enumerate((0.01, 0.9, 0.98)):
+        rows = [round_row(n, test_accuracy=accuracy, test_loss=0.001 if place == 0 else 2.0) for n in range(4)]
+        make(tmp_path / f"a{place}", rows, config=SERIAL.override({"training.lr": 0.1 + place}))
+    page = page_of(tmp_path / "*", target={"test_loss": 0.0005})
+    for title in ("Test accuracy", "Test loss"):
+        assert "range" not in page.chart(title)["layout"]["yaxis"]
+
+
+def test_a_target_is_never_beyond_the_axis(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "b", [round_row(n, test_loss=10.0**n) for n in range(4)], config=FASTER)
+    page = page_of(tmp_path / "*", target={"test_loss": 5.0})
+    assert page.chart("Test loss")["layout"]["yaxis"]["range"] == [0, pytest.approx(5.5)]
 
 
 def test_a_run_that_diverged_is_not_told_to_go_on(tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import unittest.mock
@@ -299,21 +300,51 @@ def test_rows_do_not_wait_for_the_next_round(tmp_path, monkeypatch):
     assert read(tmp_path / "a")["round"].tolist() == [0, 1, 2]
 
 
-def test_rows_that_could_not_be_written_meanwhile_end_the_run_with_the_next_round(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_still_full", [True, False])
+def test_rows_that_could_not_be_written_meanwhile_are_written_with_the_next_round(tmp_path, monkeypatch, is_still_full):
+    tried, publish = [], fedsim.files.publish
+
+    def full(path, content, **options):
+        if path.parent.name == "rounds.parquet":  # when that of the clients is there
+            tried.append(path)
+            raise OSError(28, "No space left on device", str(path))
+        publish(path, content, **options)
+
     monkeypatch.setattr("fedsim.results.writer.FLUSH_S", 0.05)
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(begin(tmp_path / "a", SERIAL, {}))
-        with monkeypatch.context() as patch:
-            patch.setattr("fedsim.results.parts.publish", full_disk)
-            writer.write(record_of(0, 0.0), dict, {})
-            wait_until(lambda: writer._failed)
-        stack.enter_context(pytest.raises(RunFailedError, match=r"cannot write .*: No space left on device"))
-        writer.write(record_of(1, 0.0), dict, {})
-    assert read(tmp_path / "a")["round"].tolist() == [0], "what waited is written once there is space"
+    records = list(fedsim.rounds(SERIAL.override({"rounds": 2})))
+    expected = pytest.raises(RunFailedError, match=r"cannot write .*: No space left on device")
+    with expected if is_still_full else contextlib.nullcontext(), begin(tmp_path / "a", SERIAL, {}) as writer:
+        writer.write(records[0], dict, {})
+        wait_until(lambda: not writer._waiting)
+        monkeypatch.setattr("fedsim.results.parts.publish", full)
+        writer.write(records[1], dict, {})
+        wait_until(lambda: tried)
+        if not is_still_full:
+            monkeypatch.setattr("fedsim.results.parts.publish", publish)
+        writer.write(records[2], dict, {})
+    done = [0] if is_still_full else [0, 1, 2]
+    assert read(tmp_path / "a")["round"].tolist() == done
+    assert sorted(read(tmp_path / "a", "clients")["round"]) == sorted(done[1:] * 3), "none twice"
 
 
-def full_disk(path, content, **options):
-    raise OSError(28, "No space left on device", str(path))
+def test_when_a_run_has_ended_nobody_writes_it(tmp_path, monkeypatch):
+    """Not even an alarm that has begun to."""
+    publish, writes = fedsim.files.publish, threading.Event()
+
+    def slow(path, content, **options):
+        writes.set()
+        time.sleep(0.2)
+        publish(path, content, **options)
+
+    monkeypatch.setattr("fedsim.results.writer.FLUSH_S", 0.05)
+    with begin(tmp_path / "a", SERIAL, {}) as writer:
+        monkeypatch.setattr("fedsim.results.parts.publish", slow)
+        writer.write(record_of(0, 0.0), dict, {})
+        assert writes.wait(10)
+    before = content(tmp_path / "a")
+    assert read(tmp_path / "a")["round"].tolist() == [0]
+    time.sleep(0.3)
+    assert content(tmp_path / "a") == before
 
 
 @given(st.lists(st.floats(0, 0.02), min_size=1, max_size=12))

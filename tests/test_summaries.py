@@ -48,6 +48,7 @@ def test_a_row_by_hand():
         "rounds": 3,
         "clients_evaluated": False,
         "final_accuracy": 0.7,
+        "final_round": 3,
         "best_accuracy": 0.8,
         "best_round": 2,
         "seconds": 8.0,
@@ -120,7 +121,7 @@ def test_of_a_seed_the_longest_run_counts_and_the_others_are_named():
     assert final == pytest.approx((0.4 + 0.1) / 2)
     assert summaries.curve(runs, "test_accuracy").loc[3, "mean"] == 0.4
     assert summaries.left_out(frame) == (
-        "Of runs of one group and seed the longest counts in means: "
+        "Of runs of one group and seed one counts in means: "
         "a is left out for a-3, a-2 is left out for a-3, a-4 is left out for a-3."
     )
     assert summaries.left_out(summaries.summary([*runs[3:], other])) == ""
@@ -208,6 +209,8 @@ def test_means_over_runs_of_unequal_length_are_said():
     said = summaries.uneven(frame)
     assert said == "Last accuracies of training.lr=0.1 are of rounds 1 to 2: their runs went unequally far."
     assert summaries.uneven(frame[frame["run"] != "a"]) == ""
+    later = [Stub("a", [0.2, 0.7, math.nan, math.nan]), Stub("b", [0.2, 0.7, math.nan, 0.9], seed=1)]
+    assert "mnist are of rounds 1 to 3:" in summaries.uneven(summaries.summary(later))
 
 
 @pytest.mark.parametrize("accuracies", [[0.1, 0.2], [0.1], [], [math.nan]])

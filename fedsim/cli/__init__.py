@@ -179,7 +179,7 @@ def runs(
             info["status"],
             f"{max(0, len(rounds) - 1)}/{found.config.rounds}",
             f"{accuracy.iloc[-1]:.4f}" if len(accuracy) else "",
-            str(info.get("started_at", "")),
+            str(info.get("started_at") or ""),
         )
     for folder in sorted(results.glob("*/")):
         if not is_run(folder) and (inside := find_runs(folder)):

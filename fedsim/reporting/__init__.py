@@ -66,13 +66,14 @@ def write(runs: Sequence[View], path: Path | None, goals: Sequence[Target], data
     try:
         _check_replaceable(path)
         publish(path.resolve(), text.encode("utf-8", "replace"))  # what a file names may be no text
-    except OSError as error:
-        raise RunFolderError(f"cannot write {path}: {error.strerror or error}; name another file") from None
+    except (OSError, RuntimeError) as error:  # the second: links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise RunFolderError(f"cannot write {path}: {reason}; name another file") from None
     return path
 
 
 def _check_replaceable(path: Path) -> None:
-    """Lets pass what a report may replace: another one, or nothing.
+    """Lets pass what a report may replace: an HTML page, or nothing.
 
     Raises:
         RunFolderError: it is something else.

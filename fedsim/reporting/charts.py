@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ MOST_POINTS = 1000
 """Of a line: more could not be seen, and would only make the file larger."""
 MOST_BARS = 200
 MOST_TIMES = 50
-"""What the highest value of one line is of that of another; where it is more, the axis ends below it."""
+"""What the highest value of a line is of that of the middle one; where it is more, the axis ends below it."""
 GRID = "#e6eaee"
 
 Chart = dict[str, Any]
@@ -34,13 +35,14 @@ class Line(NamedTuple):
     """The last round in which all runs are there; the line is thin after it."""
 
 
-def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Chart:
+def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = (), can_diverge: bool = False) -> Chart:
     """Lines with their bands.
 
     Args:
         drawn: the lines.
         y: title of the axis of values: their unit.
         levels: values that are marked by a thin line.
+        can_diverge: one line may be so far above most that they would be flat; the axis then ends below it.
     """
     traces: list[Chart] = []
     for line in drawn:
@@ -69,7 +71,7 @@ def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Cha
     places = [place for line in drawn for place in line.middle.index]
     pad = 0.015 * max(1, max(places) - min(places))
     layout["xaxis"] |= {"range": [min(places) - pad, max(places) + pad], **_whole(places)}
-    if (cut := _cut([line.middle for line in drawn])) is not None:
+    if can_diverge and (cut := _cut([line.middle for line in drawn], levels)) is not None:
         layout["yaxis"] |= {"range": [0, cut], "title": {"text": f"{text(y)}, cut at {cut:.3g}", "standoff": 8}}
     layout["shapes"] = [
         {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level}
@@ -79,12 +81,13 @@ def lines(drawn: Sequence[Line], y: str, *, levels: Sequence[float] = ()) -> Cha
     return {"data": traces, "layout": layout | {"hovermode": "x"}}
 
 
-def _cut(drawn: Sequence[pd.Series[float]]) -> float | None:
+def _cut(drawn: Sequence[pd.Series[float]], levels: Sequence[float]) -> float | None:
     """Where an axis of values ends, so that runs that diverged do not press all others flat; None for all is shown."""
-    highest = sorted(high for line in drawn if math.isfinite(high := float(line.replace(math.inf, math.nan).max())))
-    if not highest or highest[-1] <= MOST_TIMES * highest[0] or highest[0] <= 0:
+    highest = [high for line in drawn if math.isfinite(high := float(line.replace(math.inf, math.nan).max()))]
+    most = MOST_TIMES * statistics.median_low(highest) if highest else math.inf
+    if max(highest, default=0.0) <= most:
         return None
-    return 1.1 * max(high for high in highest if high <= MOST_TIMES * highest[0])
+    return 1.1 * max([*levels, *(high for high in highest if high <= most)])
 
 
 def _band(name: str, low: pd.Series[float], high: pd.Series[float], color: str) -> Chart:

@@ -96,7 +96,8 @@ def _distribution(shown: Shown, column: str) -> str | None:
         said.append(f"{group.prefix}median {last[0.5]:.3g} in round {frame.index[-1]}, {half}.")
     if not lines:
         return None
-    return html.figure(title, charts.lines(lines, unit), " ".join(said).replace("median", "Median", shown.is_one))
+    chart = charts.lines(lines, unit, can_diverge=column in ("train_loss", "update_l2_norm"))
+    return html.figure(title, chart, " ".join(said).replace("median", "Median", shown.is_one))
 
 
 def partition(shown: Shown) -> str | None:

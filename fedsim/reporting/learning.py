@@ -73,7 +73,8 @@ def _curve(shown: Shown, column: str) -> str | None:
     if not lines:
         return None
     levels = [target.value for target in shown.targets if target.column == column]
-    return html.figure(title, charts.lines(lines, unit, levels=levels), " ".join(said))
+    chart = charts.lines(lines, unit, levels=levels, can_diverge="accuracy" not in column)
+    return html.figure(title, chart, " ".join(said))
 
 
 def targets(shown: Shown) -> str | None:

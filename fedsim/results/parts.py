@@ -97,7 +97,7 @@ def read(folder: Path, kind: str) -> tuple[pa.Table, list[str]]:
 
     Raises:
         NewerVersionError: a part is of a newer fedsim.
-        RunFolderError: there is not a single part.
+        RunFolderError: there is not a single part, or a file lies where the folder of one kind should.
     """
     tables = [SCHEMAS[kind].empty_table()]
     found, damage = _listed(folder, kind)

@@ -145,8 +145,8 @@ class Run:
             rows, damage = parts.read(self.path, kind)
             if kind == "rounds" and not damage and info.get("status") == "finished" and not info.get("stop_at"):
                 last = max(rows["round"].to_pylist(), default=-1)
-                if last < self.config.rounds:
-                    damage.append(parts.lacking(self.path, last + 1, self.config.rounds))
+                if last < self.config.rounds and last < (of := Config.from_toml(self.path / "config.toml").rounds):
+                    damage.append(parts.lacking(self.path, last + 1, of))  # by the file: it may be another run by now
             return rows, damage
         if kind == "rounds":
             return table([record.row(self.name) for record in self._records], parts.SCHEMAS[kind]), []

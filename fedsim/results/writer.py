@@ -52,7 +52,6 @@ class RunWriter:
         self._waiting: list[RoundRecord] = []  # not in a file yet; an interrupt finds a round here whole, or not
         self._flushing = threading.RLock()  # of the run's thread or the alarm's, whoever has the rows
         self._alarm: threading.Timer | None = None
-        self._failed: OSError | None = None  # to a flush that nobody waited for
         self._last_round = last_round  # that is in a file
         self._is_over = is_over or last_round == config.rounds
         self._unsaved: tuple[RoundRecord, Callable[[], dict[str, Tensor]], dict[str, Tensor]] | None = None
@@ -91,8 +90,6 @@ class RunWriter:
         is_lost = record.num_sampled > 0 and record.num_completed == 0
         self._unsaved = None if is_lost else (record, tensors, state)
         with self._flushing, self._failing():
-            if self._failed:
-                raise self._failed
             self._waiting.append(record)
             if record.num_dropped:  # such a run is another one than if nothing had been lost: it says so
                 self.update(num_dropped=self._info["num_dropped"] + record.num_dropped)
@@ -120,19 +117,23 @@ class RunWriter:
             name, first, last = self._info["name"], self._waiting[0].round, self._waiting[-1].round
             clients = [client.row(name) for record in self._waiting for client in record.clients]
             rounds = [record.row(name) for record in self._waiting]
-            for kind, rows in (("clients", clients), ("rounds", rounds)):
-                if rows:
-                    self._unsynced.append(parts.write_rows(self.folder, kind, first, last, rows))
+            written = []
+            try:
+                for kind, rows in (("clients", clients), ("rounds", rounds)):
+                    if rows:
+                        written.append(parts.write_rows(self.folder, kind, first, last, rows))
+            except OSError:
+                for path in written:  # tried again, they may be in a part with the next round
+                    path.unlink(missing_ok=True)
+                raise
+            self._unsynced += written
             self._waiting, self._last_round = [], last
             self._flushed = time.monotonic()
 
     def _flush_late(self) -> None:
-        """What the alarm does, in a thread of its own."""
-        with self._flushing:
-            try:
-                self.flush()
-            except OSError as error:
-                self._failed = error
+        """What the alarm does, in a thread of its own; the next round tries again what could not be written."""
+        with contextlib.suppress(OSError):
+            self.flush()
 
     def _save_last(self) -> None:
         """Saves a checkpoint of the last round in a file, where it has none and may have one."""
@@ -163,7 +164,8 @@ class RunWriter:
                 error = error or own_error
                 raise
             finally:
-                self._waiting = []  # nothing for an alarm that comes now
+                with self._flushing:  # an alarm that writes just now comes to its end, a later one finds nothing
+                    self._waiting = []
                 self._end(error)
 
     @contextlib.contextmanager

@@ -67,7 +67,7 @@ def outcome(plan: Plan, cell: Cell, store: Store) -> Outcome:
         return Outcome(cell, verdict, rate, num_reached=len(reached), num_seeds=len(found), is_at_edge=is_at_edge)
     rounds = interval(reached)
     if not cell.published:
-        return Outcome(cell, "reached", rate, rounds, num_reached=len(reached), is_at_edge=is_at_edge)
+        return Outcome(cell, "reached", rate, rounds, math.nan, len(reached), len(found), is_at_edge)
     ratio = rounds.mean / cell.published
     low, high = plan.band(cell)
     verdict = "inside" if low <= ratio <= high else "outside"
