@@ -150,10 +150,10 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mappin
     now["stop_at"] = ", ".join(sorted(set(map(str, stop_at))))
     was |= {f"own {part}": name for part, name in info["own"].items()}
     now |= {f"own {part}": called for part, called in own.items()}
-    went_on = was["rounds"] > now["rounds"]  # it was resumed, beyond what the sweep asks for
-    may_differ = ("rounds", "stop_at") if went_on and not was["stop_at"] else ("rounds",) if went_on else ()
+    if was["rounds"] > now["rounds"]:  # it was resumed, beyond what the sweep asks for, and its targets ended with that
+        now |= {"rounds": was["rounds"]} | ({} if was["stop_at"] else {"stop_at": ""})
     for key in dict.fromkeys([*now, *was]):
-        if was.get(key) != now.get(key) and key not in may_differ:
+        if was.get(key) != now.get(key):
             raise RunFolderError(
                 f"{folder} is there with {key} = {said(was.get(key)) or 'none'}, not {said(now.get(key)) or 'none'}: "
                 "give this sweep another --name"

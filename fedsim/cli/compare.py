@@ -149,8 +149,16 @@ def _say_parting(runs: Runs, names: Sequence[str]) -> None:
 
 
 _KEPT = (
-    *("versions", "machine", "git_commit", "engine", "data", "own", "stop_at"),
-    *("device", "numerics_fingerprint", "placement"),
+    "versions",
+    "machine",
+    "git_commit",
+    "engine",
+    "data",
+    "own",
+    "stop_at",
+    "device",
+    "numerics_fingerprint",
+    "placement",
 )
 """Of run.json, what may explain a difference."""
 
