@@ -43,6 +43,7 @@ LAYERS = (
         "stacked.patches",
         "stacked.layers",
         "stacked.stack",
+        "stacked.recorded",
         "stacked.lookahead",
         "stacked.steps",
         "stacked.engine",

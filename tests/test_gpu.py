@@ -7,14 +7,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_stacked import CLASSES, EXAMPLE_MODELS, EXAMPLES, HEAVY, PLAIN, SHAPE, made, start, work
+from test_stacked import CLASSES, EXAMPLE_MODELS, EXAMPLES, HEAVY, PLAIN, SHAPE, bits, made, start, work
 from torch import nn
 
 import fedsim
 from fedsim.config import Config
 from fedsim.errors import ClientError, PlanError
 from fedsim.numerics import numerics
-from fedsim.stacked import Stacked, obstacle
+from fedsim.stacked import Stacked, obstacle, recorded
 from fedsim.stacked.layers import LAYERS
 from fedsim.training import Examples, Loop, Work
 from fedsim.verification import replay, verify
@@ -62,6 +62,27 @@ def test_both_engines_train_as_on_the_cpu(kind, sgd):
                 assert a.num_steps == b.num_steps
                 assert a.train_loss == pytest.approx(b.train_loss, rel=1e-9)
                 torch.testing.assert_close(a.weights.flat.cpu(), b.weights.flat, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("sgd", [PLAIN, HEAVY], ids=["plain", "momentum and decay"])
+@pytest.mark.parametrize("sizes", [(60,), (60, 60, 60), (60, 60, 35)], ids=str)
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+def test_recorded_steps_have_the_bits_of_others(kind, sizes, sgd, monkeypatch):
+    """Over two rounds, the second in the memory of the first; with a shorter client what was recorded is given up."""
+    module = made(EXAMPLE_MODELS[kind]).cuda()
+    clients, weights = on_gpu(work(*sizes, epochs=2)), start(module)
+    examples = Examples(EXAMPLES.images.cuda(), EXAMPLES.labels.cuda())
+    replays, replay_graph = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), replay_graph(self)))
+    found = []
+    for before in (10**9, 1):
+        monkeypatch.setattr(recorded, "_BEFORE", before)
+        engine = Stacked(module, sgd, 10, CLASSES)
+        with numerics(1):
+            one = engine.train(weights, examples, clients)
+            found.append([bits(trained) for trained in one + engine.train(one[0].weights, examples, clients)])
+        assert bool(replays) == (before == 1)
+    assert found[0] == found[1]
 
 
 def test_a_serial_run_has_the_same_bits_again(tmp_path):

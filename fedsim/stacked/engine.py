@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.stacked.lookahead import worthwhile_block
+from fedsim.stacked.recorded import Recorder
 from fedsim.stacked.stack import Stack, infer, leaves
-from fedsim.stacked.steps import train
+from fedsim.stacked.steps import take, train
 from fedsim.training import Chunk, Evaluation, Examples, Sgd, Trained, Work, pixels, score
 from fedsim.weights import Layout, Weights
 
@@ -46,6 +47,7 @@ class Stacked:
         self._is_thin = any(len(entry.shape) == 2 and 1 in entry.shape for entry in self._layout.floats)
         self._agreed: dict[tuple[int, ...], bool] = {}
         self._kept: Stack | None = None
+        self._recorder = Recorder(take)
         self._tested: WeakKeyDictionary[Examples, dict[Chunk, Tensor]] = WeakKeyDictionary()
         self._memory: Tensor | None = None
 
@@ -90,6 +92,7 @@ class Stacked:
         """The steps of a piece, over the examples named by `indices` [K, S * B]; their losses, likewise [K, S * B]."""
         block = min(self._block, piece.num_steps)
         steps = max(1, _GATHER // (len(indices) * piece.batch * block)) * block
+        step = self._recorder if stack.flat.is_cuda else take
         losses = []
         for some in torch.split(indices, steps * piece.batch, dim=1):
             labels = examples.labels.index_select(0, some.flatten()).view(len(some), -1, piece.batch)
@@ -97,7 +100,7 @@ class Stacked:
             images = self._pixels(examples.images.index_select(0, some.flatten()), stack.flat.dtype)
             images = images.view(*labels.shape, *images.shape[1:])
             log_probabilities = [
-                train(stack.layers(clients), images[rows], targets[rows], block)
+                train(stack.layers(clients), images[rows], targets[rows], block, step)
                 for clients, rows in self._together(piece, block, images)
             ]
             losses.append(-torch.cat(log_probabilities).gather(3, labels[..., None]).flatten(1))
@@ -156,11 +159,11 @@ class Stacked:
             x = layer.forward(x)
             if x.stride(0) * x.itemsize % _VECTOR_BYTES:
                 return False
-        out = train(stack.layers(slice(0, num_clients)), images, targets, block)
+        out = train(stack.layers(slice(0, num_clients)), images, targets, block, take)
         for k in range(num_clients):
             one = slice(k, k + 1)
             alone = self._stack(weights[one])
-            own = train(alone.layers(slice(0, 1)), images[one].clone(), targets[one].clone(), block)
+            own = train(alone.layers(slice(0, 1)), images[one].clone(), targets[one].clone(), block, take)
             pairs = (alone.flat[0], stack.flat[k]), (own[0], out[k])
             if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs):
                 return False
