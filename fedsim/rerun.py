@@ -165,10 +165,10 @@ def _other_placement(run: Run) -> Mapping[str, Any]:
 
 
 def _nearby_placement(run: Run) -> Mapping[str, Any]:
-    """This process, but for stacks on a GPU: there a client's bits depend on its neighbours."""
+    """This process. On a GPU a client's bits depend on its neighbours: there in the run's stacks, or alone again."""
     if _is_in_stacks(run):
         return _other_placement(run)
-    return {"mode": "serial", "num_gpus": 1 if _is_on_gpu_again(run) else 0}
+    return {"mode": "serial", **({"num_gpus": 1, "stack_size": 1} if _is_on_gpu_again(run) else {"num_gpus": 0})}
 
 
 def _is_in_stacks(run: Run) -> bool:

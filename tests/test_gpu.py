@@ -171,5 +171,5 @@ def test_more_than_there_is(tmp_path):
     with pytest.raises(PlanError, match="serial mode has a GPU or none"):
         fedsim.run(SERIAL.override({"placement.num_gpus": 2}), results=tmp_path)
     with pytest.raises(PlanError, match="do not fit"):
-        fedsim.run(ACTORS.override({"placement.actors": 4 * GPUS + 1, "clients.count": 4 * GPUS + 1}), results=tmp_path)
+        fedsim.run(ACTORS.override({"placement.actors": 4 * GPUS + 1, "clients.count": 6 * GPUS}), results=tmp_path)
     assert not any(tmp_path.iterdir())

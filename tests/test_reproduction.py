@@ -339,7 +339,7 @@ def test_an_interrupted_run_that_is_dead_has_ended(tmp_path, monkeypatch):
     assert math.isnan(row["rounds_to_target"])
     store = Store(tmp_path)
     store.add(Finished(row, pd.DataFrame({"cell": [], "lr": [], "seed": [], "round": []})))
-    assert f"{CELL.name} at rate 0.02 cannot get there" in "\n".join(page._page(PLAN, store, []))
+    assert f"{CELL.name} at rate 0.02 (ended with round 2) cannot get there" in "\n".join(page._page(PLAN, store, []))
 
 
 def test_a_run_that_was_added_half_is_added_once(tmp_path, monkeypatch):
@@ -367,13 +367,14 @@ def test_a_bug_is_not_taken_for_that(tmp_path):
         (variants.glorot, [0.045, 0.071, 0.098], 0.0),
         (variants.tutorial, [0.088] * 3, 0.1),
         (variants.he, [0.0505, 0.1, 0.1], 0),
+        (variants.tutorial_cnn, [0.088] * 4, 0.1),
     ],
 )
 def test_initialisations_by_hand(make, deviations, bias):
     """Glorot uniform: sqrt(2 / (in + out)); a normal cut at two deviations keeps 0.88 of its own; He: sqrt(2 / in)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = [layer for layer in make((1, 28, 28), 10) if isinstance(layer, torch.nn.Linear)]
+        layers = [layer for layer in make((1, 28, 28), 10).children() if list(layer.parameters(recurse=False))]
     assert [float(layer.weight.detach().std()) for layer in layers] == pytest.approx(deviations, rel=0.05)
     assert all(bool((layer.bias == bias).all()) for layer in layers)
 
@@ -388,15 +389,20 @@ def test_pixels_are_scaled_as_said():
 
 
 def test_a_variant_changes_one_thing():
-    """But for pixels in -1..1 at other rates: whether they explain the difference also where each has its best one."""
+    """But for pixels in -1..1 at other rates: whether they explain the difference also where each has its best one.
+
+    In the last trial what changes is the model, at the rate that its cell's search chose.
+    """
     tried = variants.trials(plans.read())
     plain = tried[0]
+    *tried, cnn = tried
+    assert (cnn.cell.model, cnn.model, cnn.dataset) == ("cnn", variants.tutorial_cnn, None)
     for trial in tried:
         changed = [trial.rate != plain.rate, trial.model is not None, trial.dataset is not None]
         is_plain = trial.cell == plain.cell and not trial.variant.startswith("pixels in -1..1")
         assert sum(changed) == (trial is not plain) if is_plain else changed[2]
         assert len(trial.seeds) >= 3
-    names = [(trial.cell.name, trial.variant) for trial in tried]
+    names = [(trial.cell.name, trial.variant) for trial in (*tried, cnn)]
     assert len(set(names)) == len(names)
 
 

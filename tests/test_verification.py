@@ -248,7 +248,7 @@ def test_a_run_on_a_gpu_is_placed_as_it_was(folder, monkeypatch):
     assert {"mode": "packed", "actors": 3, "num_gpus": 0.25, "stack_size": 4}.items() <= again.items()
     assert rerun._nearby_placement(run) == again, "a client in its stack"
     run = on_gpu(folder, monkeypatch, **packed | {"stack_size": 1})
-    assert rerun._nearby_placement(run) == {"mode": "serial", "num_gpus": 1}
+    assert rerun._nearby_placement(run) == {"mode": "serial", "num_gpus": 1, "stack_size": 1}, "alone, as it was"
     run = on_gpu(folder, monkeypatch, mode="actor-per-client", num_actors=6, num_gpus=0.1, stack_size=1)
     assert rerun._other_placement(run)["actors"] == "auto"
     Config.from_dict({"placement": rerun._other_placement(run)})

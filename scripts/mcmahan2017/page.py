@@ -20,9 +20,9 @@ from mcmahan2017.store import Store
 Verdict = Literal["inside", "outside", "searching", "running", "not run", "reached", "not reached"]
 
 _DEAD = (
-    "cannot get there, as one of its ReLUs gives zero for every image of both sets: no image changes the outputs any "
-    "more, and nothing below has a gradient. Its run ended with round {}, which is not in the plan; earlier runs at "
-    "such rates went on to their ends."
+    "cannot get there, as a ReLU gives zero for every image of both sets: no image changes the outputs any more, and "
+    "nothing below has a gradient. This is looked for where a run was interrupted, which is not in the plan; other "
+    "runs at such rates went on to their ends."
 )
 _BANDS = (
     "(The plan argues the bands by 0.85 to 1.18 and 0.48 to 2.08, rounded outwards: the first is 0.84 to the digits "
@@ -137,9 +137,9 @@ def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str
     yield from (f"![Accuracy by round]({plots.CURVES})", "")
     if (store.folder / variants.FILE).exists():
         yield from _variants(plan, store)
-    for run in store.runs.to_dict("records"):
-        if run.get("status") == DEAD:
-            yield from (f"{run['cell']} at rate {run['lr']:g} {_DEAD.format(run['rounds'])}", "")
+    if dead := [run for run in store.runs.to_dict("records") if run.get("status") == DEAD]:
+        named = (f"{run['cell']} at rate {run['lr']:g} (ended with round {run['rounds']})" for run in dead)
+        yield from (f"{' and '.join(named)} {_DEAD}", "")
     if len(store.runs):
         yield from _made("runs of the tables", store.runs)
     if (store.folder / variants.FILE).exists():
