@@ -165,10 +165,12 @@ def _other_placement(run: Run) -> Mapping[str, Any]:
 
 
 def _nearby_placement(run: Run) -> Mapping[str, Any]:
-    """This process. On a GPU a client's bits depend on its neighbours: there in the run's stacks, or alone again."""
+    """This process; but for stacks on a GPU, where a client's bits depend on its neighbours."""
     if _is_in_stacks(run):
         return _other_placement(run)
-    return {"mode": "serial", **({"num_gpus": 1, "stack_size": 1} if _is_on_gpu_again(run) else {"num_gpus": 0})}
+    if _is_on_gpu_again(run):
+        return {"mode": "serial", "num_gpus": 1, "stack_size": 1}
+    return {"mode": "serial", "num_gpus": 0}
 
 
 def _is_in_stacks(run: Run) -> bool:

@@ -667,10 +667,10 @@ def test_stacks_on_a_gpu_are_large():
 
 def test_gpu_memory_that_is_not_there():
     node = Node(8, 1, 64 * GB, gpu_memory_bytes=8 * GB)
-    large = {"mode": "packed", "clients": 600, "model_bytes": 10_000_000, "stack_size": 100}
+    large = {"mode": "packed", "clients": 600, "model_bytes": 10_000_000, "stack_size": 50}
     message = refused(node, actors=4, num_gpus=0.25, **large)
     assert message == (
-        "0.25 GPU is 2.0 GB, but an actor needs about 3.6 GB there for stacks of 100 clients; "
+        "0.25 GPU is 2.0 GB, but an actor needs about 3.6 GB there for stacks of 50 clients; "
         "set a larger placement.num_gpus or a smaller placement.stack_size"
     )
     assert planned(node, actors=2, num_gpus=0.5, **large).num_gpus == 0.5
@@ -783,7 +783,7 @@ def test_what_others_have_left_of_a_gpu_counts():
 def test_an_automatic_stack_fits_the_gpu():
     node = Node(8, 1, 64 * GB, gpu_memory_bytes=8 * GB)
     plan = planned(node, mode="packed", actors=10, num_gpus=0.1, clients=1000, model_bytes=800_000)
-    assert plan.stack_size == 83, "of 0.8 GB, 0.6 are the context's"
+    assert plan.stack_size == 41, "of 0.8 GB, 0.6 are the context's"
 
 
 def test_a_plan_can_be_made_before_the_model_is_known():

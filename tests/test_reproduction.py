@@ -397,6 +397,7 @@ def test_a_variant_changes_one_thing():
     plain = tried[0]
     *tried, cnn = tried
     assert (cnn.cell.model, cnn.model, cnn.dataset) == ("cnn", variants.tutorial_cnn, None)
+    assert cnn.rate == chosen_rate(plans.read(), cnn.cell, Store(reproduce_mcmahan2017.PUBLISHED).done(cnn.cell))
     for trial in tried:
         changed = [trial.rate != plain.rate, trial.model is not None, trial.dataset is not None]
         is_plain = trial.cell == plain.cell and not trial.variant.startswith("pixels in -1..1")

@@ -23,6 +23,8 @@ STACK_BYTES = 8_000_000
 """Weights of a stack on a CPU: what stays in the caches between one step and the next."""
 GPU_STACK_BYTES = 1_000_000_000
 """Weights of a stack on a GPU."""
+GPU_COPIES = 6
+"""Times the weights of a stack, there: weights, momentum, and what a step computes, twice where it is recorded."""
 MAX_STACK = 32
 """Clients in a stack on a CPU: more amortise nothing."""
 
@@ -231,7 +233,7 @@ def _advice(most: int) -> str:
 
 def _check_gpu_memory(num_gpus: float, stack: int, size: Size, nodes: tuple[Node, ...]) -> None:
     known = _gpu_bytes(nodes)
-    needed = GPU_ACTOR_BYTES + 3 * stack * size.model_bytes  # weights, momentum, and what a step computes
+    needed = GPU_ACTOR_BYTES + GPU_COPIES * stack * size.model_bytes
     if num_gpus and known and min(1.0, num_gpus) * known < needed:
         raise PlanError(
             f"{num_gpus:g} GPU is {_gb(min(1.0, num_gpus) * known)}, but an actor needs about {_gb(needed)} there "
@@ -248,8 +250,8 @@ def _stack_size(
     if placement.stack_size != "auto":
         return min(placement.stack_size, clients)
     limit, most = (GPU_STACK_BYTES, clients) if num_gpus else (STACK_BYTES, MAX_STACK)
-    if num_gpus and gpu_bytes:  # what is left beside the context, for weights, momentum and what a step computes
-        limit = min(limit, int(num_gpus * gpu_bytes - GPU_ACTOR_BYTES) // 3)
+    if num_gpus and gpu_bytes:  # what is left beside the context
+        limit = min(limit, int(num_gpus * gpu_bytes - GPU_ACTOR_BYTES) // GPU_COPIES)
     stack = max(1, min(clients, most, limit // max(1, size.model_bytes)))
     where = "are little of a GPU's memory" if num_gpus else "stay in the caches"
     reasons.append(f"stacks of up to {stack}: {stack} x {size.model_bytes / 1e6:.1f} MB of weights {where}")

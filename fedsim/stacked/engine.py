@@ -112,6 +112,7 @@ class Stacked:
     def _begun(self, weights: Tensor) -> Stack:
         """A stack in the memory of the last one, where that is large enough: new memory costs as much as some steps."""
         if self._kept is None or len(self._kept.flat) < len(weights):
+            self._kept, self._recorder = None, Recorder(take)  # what they keep is released first
             self._kept = self._stack(weights)
         else:
             self._kept.begin(weights)

@@ -37,7 +37,7 @@ ELSEWHERE = {
 """Where what explains the difference in `CELL` is tried too, and at which rates: steps from the first of a search. As
 there these are the first three, and the next where the best of them was at an edge."""
 CNN, CNN_RATE = "table2-cnn-iid-E1-B10-C0.1", 0.215
-"""Where the CNN's initialisation is changed, and the rate that the search chose there."""
+"""Where the CNN's initialisation is changed too, and the rate that the search chose there."""
 SEEDS = (1, 2, 3, 4, 5)
 SEEDS_ELSEWHERE = (1, 2, 3)
 MAX_ROUNDS = 200
@@ -86,6 +86,7 @@ def scaled(scale: float, shift: float) -> fedsim.Dataset:
 _standardised = functools.partial(scaled, 1 / 0.3081, -0.1307 / 0.3081)
 _symmetric = functools.partial(scaled, 2.0, -1.0)
 
+TUTORIAL = "weights normal 0.1 cut at 2 deviations, biases 0.1"
 VARIANTS: dict[str, dict[str, Any]] = {
     "rate 0.1, as fedsim does it": {},
     "rate 0.0464": {"lr": 0.0464},
@@ -93,7 +94,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rate 0.147": {"lr": 0.147},
     "rate 0.215": {"lr": 0.215},
     "weights Glorot uniform, biases 0": {"model": glorot},
-    "weights normal 0.1 cut at 2 deviations, biases 0.1": {"model": tutorial},
+    TUTORIAL: {"model": tutorial},
     "weights He normal, biases 0": {"model": he},
     "pixels of mean 0 and deviation 1": {"dataset": _standardised},
     "pixels in -1..1": {"dataset": _symmetric},
@@ -130,10 +131,13 @@ def trials(plan: Plan) -> list[Trial]:
         for cell, steps in ((cells[name], steps) for name, steps in ELSEWHERE.items())
         for rate in (rate_at(step_of(cell.rate) + step) for step in steps)
     ]
-    others = "weights normal 0.1 cut at 2 deviations, biases 0.1"
     cell = cells[CNN]
-    cnn = Trial(cell, others, CNN_RATE, tutorial_cnn, None, SEEDS_ELSEWHERE, plan.max_rounds(cell))
-    return [*there, *elsewhere, cnn]
+    name = f"{TUTORIAL}, rate {CNN_RATE:g}"
+    return [
+        *there,
+        *elsewhere,
+        Trial(cell, name, CNN_RATE, tutorial_cnn, None, SEEDS_ELSEWHERE, plan.max_rounds(cell)),
+    ]
 
 
 def run(trial: Trial, seed: int) -> dict[str, Any]:
