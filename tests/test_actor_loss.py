@@ -56,15 +56,19 @@ def reference(data):
     return fedsim.run(config, results=None, dataset=data, model=dies())
 
 
-def harmful(harm, client=MARKED):
-    """A model that does harm in an actor when it trains a client, or any; nested, as actors cannot import tests."""
+def harmful(harm, client=MARKED, *, training=True):
+    """A model that does harm in an actor when it trains a client, or any, or is tested; actors cannot import tests."""
     driver = os.getpid()
 
     def model():
         module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
 
         def hook(self, inputs):
-            if self.training and os.getpid() != driver and (client is None or inputs[0][:, 0, 0, 0].max() > 0):
+            if (
+                self.training == training
+                and os.getpid() != driver
+                and (client is None or inputs[0][:, 0, 0, 0].max() > 0)
+            ):
                 harm()
 
         module.register_forward_pre_hook(hook)
@@ -163,6 +167,29 @@ def test_a_round_without_any_client_stops_the_run_after_its_rows_are_written(sha
     assert run.clients["status"].tolist() == ["dropped"] * 4
     assert run.rounds["num_dropped"].tolist() == [0, 4]
     assert run.rounds["weights_sha256"].nunique() == 1
+
+
+def test_an_evaluation_is_not_given_up_for_what_its_actor_was_asked_for_next(shared_ray, data, tmp_path):
+    """Training for the next round may end an actor before the answer got out: so the first loss may not be its own."""
+    tests = tmp_path / "tests"
+
+    def run(*deadly):
+        def harm():
+            with tests.open("a") as file:
+                file.write("x")
+            if tests.stat().st_size in deadly:
+                os._exit(1)
+
+        tests.write_text("")
+        config = CONFIG.override({"failures.max_retries": 0, "placement.actors": 1, "rounds": 2})
+        return fedsim.run(config, results=None, dataset=data, model=harmful(harm, None, training=False))
+
+    assert run(2).status == "finished"
+    assert tests.stat().st_size == 4, "of rounds 0, 1, 1 again, 2"
+    with pytest.raises(RunFailedError, match=r"^the evaluation: the actor died, 1 time "):
+        run(3)
+    with pytest.raises(RunFailedError, match=r"^the evaluation: the actor died, 2 times "):
+        run(2, 3)
 
 
 @pytest.mark.parametrize("actors", [1, 2])

@@ -160,7 +160,7 @@ class Crew:
         except RayTaskError as error:  # the code in the actor raised: a bug, never retried
             raise own_error(error) from None
         except RayError as error:  # the actor, its worker or its node died, or what it answered was lost
-            return self._lost(work, call, cause_of(error), said(error))
+            return self._lost(work, call, cause_of(error), said(error), last=call.handle.last == answer)
         return [Answer(piece, value, call) for piece, value in zip(call.pieces, values, strict=True)]
 
     def _welcome(self, number: int, loaded: Loaded) -> None:
@@ -179,15 +179,15 @@ class Crew:
             message = f"actor {number} could not be forked again ({reason}): it started as a plain one"
             warnings.warn(message, FedsimWarning, stacklevel=2)
 
-    def _lost(self, work: Work, call: Call, cause: Cause, reason: str) -> list[Answer]:
-        """Decides what becomes of lost work; returns what was given up."""
+    def _lost(self, work: Work, call: Call, cause: Cause, reason: str, *, last: bool = True) -> list[Answer]:
+        """Decides what becomes of lost work, the `last` its actor was asked for or not; returns what was given up."""
         if call.handle is not self.actors.get(call.actor):  # it waited behind the call that noticed the death
             self._make_again(work, call, is_alone=False)
             return []
         call = replace(call, losses=call.losses.after(cause))
         on_exhausted: Literal["stop", "drop"] = self._failures.on_exhausted if call.method == "fit" else "stop"
         decision = decide(cause, call.losses, self._failures.max_retries, on_exhausted)
-        if decision != "retry" and len(call.pieces) > 1:
+        if decision != "retry" and (len(call.pieces) > 1 or not last):  # what came next may have cut off its answer
             decision = "retry"  # each alone: nobody stops a run, or is left out, for what another has done
         if decision == "stop":
             raise RunFailedError(exhausted(call, cause, reason))

@@ -118,6 +118,7 @@ class Handle:
 
     Attributes:
         loaded: what the actor's `load` answered, once it was taken.
+        last: the answer to come to the last call made.
         at: the answer to come that it was seen to be at.
         at_s: for how many seconds.
     """
@@ -129,6 +130,7 @@ class Handle:
         self._process: psutil.Process | None = None
         self._loading: ray.ObjectRef | None = None
         self.loaded: Loaded | None = None
+        self.last: ray.ObjectRef | None = None
         self.at: ray.ObjectRef | None = None
         self.at_s = 0.0
 
@@ -158,6 +160,7 @@ class Handle:
             if self._is_called:  # so it rests, or will before it comes to this call
                 self._bell.ring()
         self._is_called = True
+        self.last = answer
         return answer
 
     def end(self) -> None:
