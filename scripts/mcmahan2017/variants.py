@@ -32,7 +32,7 @@ ELSEWHERE = {
     "table1-2nn-iid-E1-B10-C1.0": (-1, 0, 1),
     "table1-2nn-shards-E1-B10-C0.1": (-1, 0, 1, 2),
     "table1-2nn-iid-E1-Binf-C0.0": (-2, -1, 0, 1),
-    "table2-cnn-iid-E1-B10-C0.1": (-1, 0, 1),
+    "table2-cnn-iid-E1-B10-C0.1": (-1, 0, 1, 2),
 }
 """Where what explains the difference in `CELL` is tried too, and at which rates: steps from the first of a search. As
 there these are the first three, and the next where the best of them was at an edge."""
