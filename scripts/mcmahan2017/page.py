@@ -175,7 +175,7 @@ def _variants(plan: Plan, store: Store) -> Iterator[str]:
     yield from (
         "Pixels in -1..1 in other cells, at the three rates with which a search starts, and the next where the best "
         "was at an edge. Which of them is best is seen on the same seeds, unlike in the tables above. With the CNN "
-        "this was not tried.",
+        "the initialisation is changed too, at the rate that the search chose.",
         "",
     )
     for cell in dict.fromkeys(trial.cell for trial in trials if trial.cell != first):
@@ -183,8 +183,8 @@ def _variants(plan: Plan, store: Store) -> Iterator[str]:
         if rows:
             data, ours = "IID" if cell.partition == "iid" else "non-IID", outcome(plan, cell, store).rounds
             said = f"; with pixels in 0..1 ours are {ours.mean:.1f}" if ours else ""
-            batch = cell.batch_size or "inf"
-            about = f"{data}, B = {batch}, C = {cell.per_round:g}: {cell.published:,} rounds in the paper{said}:"
+            named = f"{cell.model.upper()}, {data}, B = {cell.batch_size or 'inf'}, C = {cell.per_round:g}"
+            about = f"{named}: {cell.published:,} rounds in the paper{said}:"
             yield from (about, "", *table(header, rows), "")
 
 
