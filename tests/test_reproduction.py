@@ -407,6 +407,15 @@ def test_a_variant_changes_one_thing():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize(("rate", "is_there"), [(0.02, True), (1e38, False)])
+def test_a_variant_that_diverges_has_not_reached_its_target(rate, is_there):
+    trial = variants.Trial(Small({"training.lr": rate}), "a rate", rate, None, None, (1,), 30)
+    row = variants.run(trial, 1)
+    assert (not math.isnan(row["rounds_to_target"])) == is_there
+    assert (row["cell"], row["variant"], row["seed"]) == (CELL.name, "a rate", 1)
+    assert row["seconds"] > 0
+
+
 def test_interrupted_variants_go_on(tmp_path, monkeypatch):
     made, allowed, kept, write = [], 7, [], variants.store.write
 
