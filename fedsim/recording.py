@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from typing import Any, Self
 from torch import nn
 
 from fedsim import environment, launch, models
-from fedsim.actors import PoolInfo
+from fedsim.actors import Pool, PoolInfo
 from fedsim.config import Config
 from fedsim.datasets import Dataset
 from fedsim.errors import ClientError, DivergedError, InputError, RunFailedError
@@ -25,7 +26,7 @@ from fedsim.launch import Launch
 from fedsim.metrics import RoundRecord
 from fedsim.results import Run, RunWriter
 from fedsim.run_folder import check_name, name_of, target
-from fedsim.simulation import federated_averaging
+from fedsim.simulation import Round, federated_averaging
 from fedsim.strategies import Strategy
 from fedsim.targets import Target, targets
 from fedsim.weights import Weights
@@ -52,7 +53,8 @@ def run(
         name: the run's name; None calls it after the configuration, with the next free number.
         overwrite: replaces a run of that name.
         stop_at: ends the run with the first round in which a column of rounds.parquet is there, an accuracy at least or
-            a loss at most, such as {"test_accuracy": 0.97}; its rounds are those of the same run without.
+            a loss at most, such as {"test_accuracy": 0.97}; its rounds are those of the same run without,
+            but that the last one is tested, whatever `evaluation.every` says.
         model: own model factory, called with (input_shape, num_classes) or with nothing, returning an `nn.Module`.
         strategy: own server algorithm.
         dataset: own data set.
@@ -202,8 +204,9 @@ class Recording:
         if self._home and self._home.is_over:
             return
         for round in federated_averaging(x, self._pool, self.start):
+            if is_over := any(target.is_reached(vars(round.record)) for target in self.stop_at):
+                round = _tested(self._pool, round)
             self.last, self._weights = round.record, round.weights
-            is_over = any(target.is_reached(vars(round.record)) for target in self.stop_at)
             if writer:
                 tensors = partial(x.layout.unflatten, round.weights)
                 writer.write(round.record, tensors, round.state, is_over=is_over)
@@ -228,6 +231,23 @@ class Recording:
             _tensors=x.layout.unflatten(self._weights),
             _model=lambda: models.build(x.spec.model, x.spec.input_shape, x.spec.num_classes, x.spec.seed),
         )
+
+
+def _tested(pool: Pool, round: Round) -> Round:
+    """A round that has turned out to be the last, with its weights tested where they were not."""
+    if round.record.test_accuracy is not None:
+        return round
+    start = time.perf_counter()
+    evaluation = pool.evaluate(round.record.round, round.weights)
+    evaluate_s = time.perf_counter() - start
+    record = replace(
+        round.record,
+        test_loss=evaluation.loss,
+        test_accuracy=evaluation.accuracy,
+        round_s=round.record.round_s + evaluate_s,
+        evaluate_s=evaluate_s,
+    )
+    return replace(round, record=record)
 
 
 def how_to_resume(folder: Path, own: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -90,6 +91,8 @@ def plan_verify(
     recorded = Recorded(run)
     first, last = _chosen(rounds, recorded, run)
     config = _placed(run, _other_placement(run) if placement is None else {"mode": "packed", **placement})
+    if not math.isnan(recorded.rounds[recorded.last]["test_accuracy"]):  # a target may have made it the last
+        config = config.override({"rounds": recorded.last})
     return _plan(run, recorded, config, first, last, None, own, anyway)
 
 

@@ -167,6 +167,49 @@ def test_it_goes_further_when_asked_to(whole, goal, tmp_path):
     assert_same_results(run, whole)
 
 
+SELDOM = LONG.override({"evaluation.every": 5})
+
+
+@pytest.fixture(scope="module")
+def early(whole):
+    """A loss that the run reaches in round 3, which is not tested, and not before."""
+    losses = whole.rounds["train_loss"]
+    assert losses[3] < losses[1:3].min()
+    return {"train_loss": float(losses[3])}
+
+
+def test_the_round_that_ends_a_run_is_tested(whole, early, tmp_path):
+    run = fedsim.run(SELDOM, results=tmp_path, stop_at=early)
+    assert run.rounds["test_accuracy"].notna().tolist() == [True, False, False, True]
+    last, same = run.rounds.iloc[3], whole.rounds.iloc[3]
+    assert (last["test_accuracy"], last["test_loss"]) == (same["test_accuracy"], same["test_loss"])
+    assert last["evaluate_s"] > 0
+    assert last["round_s"] >= last["fit_s"] + last["evaluate_s"]
+    assert results_of(fedsim.run(SELDOM, results=None, stop_at=early)) == results_of(run)
+    assert fedsim.verify(run.path, rounds="all").is_equal
+    assert fedsim.verify(run.path).is_equal
+
+
+def test_and_is_not_where_it_goes_further(early, tmp_path):
+    path = fedsim.run(SELDOM, results=tmp_path, stop_at=early).path
+    further = fedsim.resume(path, changes={"rounds": 12})
+    assert_same_results(further, fedsim.run(SELDOM, results=tmp_path, name="whole"))
+    assert fedsim.verify(path, rounds="all").is_equal
+
+
+@pytest.mark.parametrize("done", [0, 2, 3])
+def test_and_is_where_it_was_interrupted_before(early, tmp_path, done):
+    expected = results_of(fedsim.run(SELDOM, results=tmp_path, stop_at=early))
+    path = tmp_path / "broken"
+    with recording.Recording.of(SELDOM, results=tmp_path, name="broken", stop_at=targets(early)) as broken:
+        for record in broken:
+            if record.round == done:
+                break
+    text = (path / "run.json").read_text()
+    (path / "run.json").write_text(text.replace('"status": "finished"', '"status": "running"'))
+    assert results_of(fedsim.resume(path)) == expected
+
+
 @pytest.mark.parametrize("done", [0, 2, "all"])
 def test_an_interrupted_run_still_stops(goal, tmp_path, done):
     """Also one that was killed after its last round was written, and before it was said to be finished."""

@@ -163,7 +163,8 @@ def go_on(
         for place in (folder, folder / "rounds.parquet", folder / "clients.parquet", folder / "checkpoint"):
             for path in place.glob(".*.tmp"):
                 path.unlink()
-        if kept and whole.rounds[last].is_evaluated and last % config.evaluation.every and last != config.rounds:
+        is_last = is_over or last == config.rounds
+        if kept and whole.rounds[last].is_evaluated and last % config.evaluation.every and not is_last:
             parts.forget_evaluation(folder, kept[-1], last)  # it was the last round, and is no longer
         parts.write_empty(folder)
     except OSError as error:
