@@ -70,6 +70,8 @@ def members(
         ConfigError: a key or value is wrong, or there is nothing to choose from.
         RunFolderError: a folder holds another run.
     """
+    if not isinstance(grid, Mapping):
+        raise ConfigError(f"the grid is {grid!r}: give a dictionary of keys and their values")
     axes = {str(key): _listed(values, f"the grid has {key}") for key, values in grid.items()}
     for key, values in axes.items():
         if key in ("seed", "name"):
@@ -133,6 +135,11 @@ def _text(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
 
 
+def _targets(given: Iterable[Any]) -> str:
+    """Targets as one text, whatever their order."""
+    return ", ".join(sorted(set(map(str, given))))
+
+
 def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mapping[str, str]) -> Member:
     """A run as it is there.
 
@@ -146,11 +153,12 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mappin
     if damage:
         raise RunFolderError(f"{damage}; remove that folder, and the sweep makes the run again")
     was, now = computed(there), computed(config)
-    was["stop_at"] = ", ".join(sorted(set(info.get("stop_at", []))))
-    now["stop_at"] = ", ".join(sorted(set(map(str, stop_at))))
+    was["stop_at"], now["stop_at"] = _targets(info.get("stop_at", [])), _targets(stop_at)
     was |= {f"own {part}": name for part, name in info["own"].items()}
     now |= {f"own {part}": called for part, called in own.items()}
-    if was["rounds"] > now["rounds"]:  # it was resumed, beyond what the sweep asks for, and its targets ended with that
+    was_there = now["stop_at"] and not was["stop_at"] and _targets(info.get("stopped_at", [])) == now["stop_at"]
+    if was["rounds"] > now["rounds"] or was_there:
+        # it was resumed, beyond what the sweep asks for, and its targets ended with that
         now |= {"rounds": was["rounds"]} | ({} if was["stop_at"] else {"stop_at": ""})
     for key in dict.fromkeys([*now, *was]):
         if was.get(key) != now.get(key):

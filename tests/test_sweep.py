@@ -147,6 +147,27 @@ def test_a_run_that_was_resumed_for_more_rounds_is_still_the_sweeps(tmp_path):
     assert max(rounds[1:]) < 3, "these stopped"
 
 
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_so_is_one_that_went_on_to_the_sweeps_own_last_round_or_not_as_far(tmp_path, rounds):
+    """Its target had ended it before, and it is asked for no more."""
+    goal = {"test_accuracy": 0.1}
+    before = fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, stop_at=goal)
+    assert len(before[0].rounds) - 1 < rounds
+    fedsim.resume(before[0].path, changes={"rounds": rounds})
+    after = fedsim.sweep(SERIAL, seeds=[0, 1, 2], results=tmp_path, stop_at=goal)
+    assert after.summary()["rounds"].iloc[0] == rounds
+    other = "rounds = 2, not 3" if rounds == 2 else r"stop_at = none, not test_accuracy=0\.2"
+    with pytest.raises(RunFolderError, match=f"seed-0 is there with {other}"):
+        fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, stop_at={"test_accuracy": 0.2})
+
+
+@pytest.mark.parametrize("grid", [["training.lr"], "training.lr", 0.1])
+def test_a_grid_is_a_dictionary(tmp_path, grid):
+    with pytest.raises(ConfigError, match="give a dictionary of keys and their values"):
+        fedsim.sweep(SERIAL, grid, results=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_broken_link_in_the_way_is_seen_before_the_first_run(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "seed-1").symlink_to(tmp_path / "nowhere")
