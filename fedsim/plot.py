@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from fedsim.datasets import Dataset
+from fedsim.groups import groups, one_a_seed
 from fedsim.palette import COLORS, NEUTRAL, look
 from fedsim.results.runs import Given
-from fedsim.summaries import by_number, curve, groups, one_a_seed, over_seeds, summary
+from fedsim.summaries import by_number, curve, over_seeds, summary
 from fedsim.targets import Target
 from fedsim.views import PARTS, View, check_measured, labels, measure, quantiles, seconds, thinned, view, views
 

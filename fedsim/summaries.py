@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.config import Config
-from fedsim.config.changes import computed, text
 from fedsim.errors import InputError
+from fedsim.groups import Read, counted_of, groups, one_a_seed, rounds_done
 from fedsim.metrics import ROUND_COLUMNS
 from fedsim.statistics import interval
 from fedsim.targets import Target
@@ -20,66 +19,6 @@ if TYPE_CHECKING:
 
 _MEASURES = ("final_accuracy", "best_accuracy", "rounds_to_target", "seconds_to_target", "bytes_to_target")
 _TO_TARGET = {"rounds_to_target": "round", "seconds_to_target": "seconds", "bytes_to_target": "bytes"}
-
-
-class Read(Protocol):
-    """What is asked of a run here; `results.Run` is one."""
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        ...
-
-    @property
-    def config(self) -> Config:
-        """Its whole resolved configuration."""
-        ...
-
-    @property
-    def status(self) -> str:
-        """running, finished, failed or interrupted."""
-        ...
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """What run.json says."""
-        ...
-
-    @property
-    def rounds(self) -> pd.DataFrame:
-        """One row a round."""
-        ...
-
-
-R = TypeVar("R", bound=Read)
-
-
-def groups(runs: Sequence[R]) -> dict[str, list[R]]:
-    """Runs that differ in their seed at most, named after the keys in which the groups differ.
-
-    Neither the run's name nor where and how carefully it was computed makes a difference; own parts do, by their names.
-    """
-    keys = [_what_is_computed(run) for run in runs]
-    values: dict[str, set[str]] = {key: set() for one in keys for key in one}
-    for one in keys:
-        for key, seen in values.items():
-            seen.add(repr(one.get(key)))
-    found: dict[str, list[R]] = {}
-    for run, one in zip(runs, keys, strict=True):
-        label = (
-            ", ".join(f"{key}={text(value)}" for key, value in one.items() if len(values[key]) > 1) or run.config.name
-        )
-        found.setdefault(label, []).append(run)
-    return found
-
-
-def one_a_seed(runs: Sequence[R]) -> list[R]:
-    """Of runs of one group, those that count: one a seed, the longest; others would be the same run again.
-
-    Of equally long ones it is one that has the clients' own accuracies, then the first.
-    """
-    ranks = [(_rounds_done(run.rounds), run.config.evaluation.clients) for run in runs]
-    return [runs[place] for place in _counted([run.config.seed for run in runs], ranks)]
 
 
 def left_out(summary: pd.DataFrame) -> str:
@@ -116,12 +55,6 @@ def _can_be(measure: str) -> tuple[float, float]:
     return (0.0, 1.0) if is_fraction else (0.0, math.inf)
 
 
-def _what_is_computed(run: Read) -> dict[str, Any]:
-    ignored = ("seed", "evaluation.clients")  # the second adds columns and changes none
-    values = {key: value for key, value in computed(run.config).items() if key not in ignored}
-    return values | {f"own {part}": name for part, name in run.info.get("own", {}).items()}
-
-
 def summary(runs: Sequence[Read], target: Target | None = None) -> pd.DataFrame:
     """One row a run.
 
@@ -150,7 +83,7 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
         "group": label,
         "seed": run.config.seed,
         "status": run.status,
-        "rounds": _rounds_done(rounds),
+        "rounds": rounds_done(rounds),
         "clients_evaluated": run.config.evaluation.clients,
         "final_accuracy": accuracy.iloc[-1] if len(accuracy) else math.nan,
         "final_round": int(accuracy.index[-1]) if len(accuracy) else 0,
@@ -168,10 +101,6 @@ def _row(run: Read, label: str, target: Target | None) -> dict[str, Any]:
         for name, axis in _TO_TARGET.items()
     }
     return row | {name: math.nan if place is None else place for name, place in crossings.items()}
-
-
-def _rounds_done(rounds: pd.DataFrame) -> int:
-    return max(0, len(rounds) - 1)  # without round 0
 
 
 def over_seeds(summary: pd.DataFrame) -> pd.DataFrame:
@@ -226,20 +155,11 @@ def paired(summary: pd.DataFrame) -> pd.DataFrame:
 def _one_a_seed(summary: pd.DataFrame) -> pd.DataFrame:
     """The rows of the runs that count, see `one_a_seed`, of all groups."""
     ranks = list(zip(summary["rounds"], summary["clients_evaluated"], strict=True))
-    return summary.iloc[_counted(_group_and_seed(summary), ranks)]
+    return summary.iloc[counted_of(_group_and_seed(summary), ranks)]
 
 
 def _group_and_seed(summary: pd.DataFrame) -> list[tuple[str, int]]:
     return list(zip(summary["group"], summary["seed"], strict=True))
-
-
-def _counted(keys: Sequence[Hashable], ranks: Sequence[tuple[int, bool]]) -> list[int]:
-    """The places of the highest rank of each key, in their order; of equal ones the first."""
-    highest: dict[Hashable, int] = {}
-    for place, key in enumerate(keys):
-        if key not in highest or ranks[place] > ranks[highest[key]]:
-            highest[key] = place
-    return sorted(highest.values())
 
 
 def curve(runs: Sequence[Read], column: str) -> pd.DataFrame:

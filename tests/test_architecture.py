@@ -31,6 +31,7 @@ LAYERS = (
         "metrics",
         "targets",
         "statistics",
+        "groups",
         "summaries",
         "fairness",
         "environment",
@@ -203,7 +204,7 @@ def test_the_door_is_for_users_only():
         (
             "pandas",
             {name for name in MODULES if name.startswith(("results", "reporting"))}
-            | {"metrics", "summaries", "views", "plot", "cli.compare"},
+            | {"metrics", "groups", "summaries", "views", "plot", "cli.compare"},
         ),
         ("matplotlib", {"plot"}),
         ("plotly", {"reporting.html"}),

@@ -266,6 +266,7 @@ def test_a_target_that_nobody_reached_is_said(results, capsys):
         (["nothing"], "'nothing' is not a run"),
         (["short", "--target", "accuracy=1"], "'accuracy' cannot be a target"),
         (["short", "--target", "0.97"], "write it as test_accuracy=0.97"),
+        (["short", "--target", "test_accuracy=0.5", "--target", "test_loss=1"], "give one --target, not 2"),
         (["."], "'.' is not a run"),
     ],
 )

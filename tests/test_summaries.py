@@ -2,24 +2,26 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import fedsim
 from fedsim import summaries
 from fedsim.errors import InputError
+from fedsim.groups import groups, one_a_seed
 from fedsim.targets import Target
 from tests.helpers import SERIAL
 
 
 class Stub:
-    """A run of these accuracies, each round taking 2 s and 100 + 50 bytes."""
+    """A run of these accuracies, each round taking 2 s and 100 + 50 bytes; of other weights with other parts."""
 
-    def __init__(self, run, accuracies, **changes):
+    def __init__(self, run, accuracies, parts="", **changes):
         self.name, self.status = run, "finished"
         self.config = fedsim.Config().override(changes)
         self._accuracies = accuracies
-        self.info = {}
+        self.info, self._parts = {}, parts
 
     @property
     def rounds(self):
@@ -27,6 +29,7 @@ class Stub:
         return pd.DataFrame(
             {
                 "round": range(number),
+                "weights_sha256": [f"{self._parts}{round}" for round in range(number)],
                 "test_accuracy": self._accuracies,
                 "test_loss": [math.nan] * number,
                 "round_s": [2.0] * number,
@@ -77,7 +80,7 @@ def test_groups_are_named_after_what_differs():
         Stub("b", [], **{"training.lr": 0.1, "seed": 1, "placement.mode": "serial", "name": "other"}),
         Stub("c", [], **{"training.lr": 0.2, "clients.per_round": 5}),
     ]
-    found = summaries.groups(runs)
+    found = groups(runs)
     assert {label: [run.name for run in members] for label, members in found.items()} == {
         "clients.per_round=all, training.lr=0.1": ["a", "b"],
         "clients.per_round=5, training.lr=0.2": ["c"],
@@ -87,12 +90,46 @@ def test_groups_are_named_after_what_differs():
 def test_own_parts_and_numbers_of_rounds_make_groups():
     runs = [Stub("a", []), Stub("b", [], seed=1), Stub("c", [], rounds=9), Stub("d", [], **{"placement.threads": 2})]
     runs[1].info = {"own": {"model": "mine.make"}}
-    assert list(summaries.groups(runs)) == [
+    assert list(groups(runs)) == [
         "rounds=5, placement.threads=1",
         "rounds=5, placement.threads=1, own model=mine.make",
         "rounds=9, placement.threads=1",
         "rounds=5, placement.threads=2",
     ]
+
+
+def test_runs_of_one_seed_with_other_weights_are_of_two_groups():
+    """An edited model has the name that it had: what it computed tells the two apart, seed by seed."""
+    runs = [
+        Stub("old-0", [0.1, 0.2]),
+        Stub("old-1", [0.1, 0.2], seed=1),
+        Stub("new-0", [0.1, 0.4], "new "),
+        Stub("again-0", [0.1, 0.2, 0.3]),
+        Stub("new-1", [0.1, 0.4], "new ", seed=1),
+        Stub("new-2", [0.1, 0.4], "new ", seed=2),
+        Stub("other", [0.1], rounds=9),
+    ]
+    for run in runs:
+        run.info = {"model": {"num_values": 2 if run.name.startswith("new") else 1}}
+    assert {label: [run.name for run in members] for label, members in groups(runs).items()} == {
+        "rounds=5 (1: old-0)": ["old-0", "old-1", "again-0"],
+        "rounds=5 (2: new-0)": ["new-0", "new-1", "new-2"],
+        "rounds=9": ["other"],
+    }
+    means = summaries.over_seeds(summaries.summary(runs)).query("measure == 'final_accuracy'").set_index("group")
+    assert means["number"].tolist() == [2, 3, 1]
+    assert means["mean"].tolist() == pytest.approx([0.25, 0.4, 0.1])
+
+
+def test_other_data_under_one_name_are_seen(tmp_path):
+    """Also where the models, and so the initial weights, are the same."""
+    images, labels = np.zeros((40, 1, 28, 28), np.uint8), np.arange(40) % 2
+    config = SERIAL.override({"clients.count": 4, "clients.per_round": "all", "rounds": 1})
+    for name, brightness in (("dark", 10), ("bright", 200), ("dark-again", 10)):
+        data = fedsim.Dataset("mine", images + np.uint8(brightness), labels, images, labels, num_classes=2)
+        fedsim.run(config, dataset=data, results=tmp_path, name=name)
+    found = groups(fedsim.load_runs([tmp_path / name for name in ("dark", "bright", "dark-again")]))
+    assert [[run.name for run in members] for members in found.values()] == [["dark", "dark-again"], ["bright"]]
 
 
 def test_a_seed_counts_once():
@@ -116,7 +153,7 @@ def test_of_a_seed_the_longest_run_counts_and_the_others_are_named():
     runs += [Stub("a-4", [0.1, 0.2, 0.3, 0.4]), Stub("b", [0.1], seed=1)]
     other = Stub("c", [0.1], **{"training.lr": 0.5})
     frame = summaries.summary([*runs, other])
-    assert [run.name for run in summaries.one_a_seed(runs)] == ["a-3", "b"], "of equally long ones the first"
+    assert [run.name for run in one_a_seed(runs)] == ["a-3", "b"], "of equally long ones the first"
     (final,) = summaries.over_seeds(frame).query("measure == 'final_accuracy' and group.str.endswith('0.1')")["mean"]
     assert final == pytest.approx((0.4 + 0.1) / 2)
     assert summaries.curve(runs, "test_accuracy").loc[3, "mean"] == 0.4
@@ -129,7 +166,7 @@ def test_of_a_seed_the_longest_run_counts_and_the_others_are_named():
 
 def test_of_equally_long_runs_one_counts_that_has_the_clients_accuracies():
     runs = [Stub("a", [0.1, 0.2]), Stub("b", [0.1, 0.2], **{"evaluation.clients": True}), Stub("c", [0.1, 0.2])]
-    assert [run.name for run in summaries.one_a_seed(runs)] == ["b"]
+    assert [run.name for run in one_a_seed(runs)] == ["b"]
     said = summaries.left_out(summaries.summary(runs))
     assert said.endswith(": a is left out for b, c is left out for b.")
 
@@ -148,7 +185,7 @@ def test_where_rounds_are_missing_nothing_is_said_of_the_target():
 
 def test_groups_of_other_strategies_have_other_keys():
     runs = [Stub("a", []), Stub("b", [], **{"strategy.name": "fedavgm", "strategy.server_lr": 0.5})]
-    assert list(summaries.groups(runs)) == ["strategy.name=fedavg", "strategy.name=fedavgm, strategy.server_lr=0.5"]
+    assert list(groups(runs)) == ["strategy.name=fedavg", "strategy.name=fedavgm, strategy.server_lr=0.5"]
 
 
 def test_means_over_seeds_by_hand():

@@ -11,7 +11,7 @@ import typer
 
 from fedsim.cli.options import DebugOption, ResultsOption, RunsArgument, parsed_targets
 from fedsim.cli.terminal import console, folding
-from fedsim.errors import RunFolderError, counted
+from fedsim.errors import InputError, RunFolderError, counted
 from fedsim.run_folder import paths_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fedsim.targets import Target
 
 TargetOption = Annotated[
-    str | None, typer.Option(metavar="COLUMN=VALUE", help="Adds what it took to get there: test_accuracy=0.97.")
+    list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Adds what it took to get there: test_accuracy=0.97.")
 ]
 
 
@@ -36,7 +36,10 @@ def compare(
     from fedsim import summaries
     from fedsim.results import load_runs
 
-    goal = next(iter(parsed_targets([target] if target else None)), None)
+    goals = parsed_targets(target)
+    if len(goals) > 1:
+        raise InputError(f"give one --target, not {len(goals)}: {', '.join(map(str, goals))}")
+    goal = goals[0] if goals else None
     found = load_runs(folders)
     frame = found.summary({goal.column: goal.value} if goal else None)
     _say_runs(frame)
@@ -154,6 +157,7 @@ _KEPT = (
     "git_commit",
     "engine",
     "data",
+    "model",
     "own",
     "stop_at",
     "device",

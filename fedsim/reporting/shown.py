@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 from fedsim.datasets import Dataset
+from fedsim.groups import groups, one_a_seed
 from fedsim.palette import look
 from fedsim.reporting import html
-from fedsim.summaries import groups, one_a_seed
 from fedsim.targets import Target
 from fedsim.views import View
 
