@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedsim.config import Config
@@ -30,13 +30,23 @@ def configuration(shown: Shown) -> str | None:
 
 def environment(shown: Shown) -> str | None:
     """Versions, machine, placement, times and hashes."""
-    found = {run.name: {key: value for key, value in flat(run.info) if key not in _NOT_HERE} for run in shown.runs}
+    found = {run.name: {key: value for key, value in _entries(run.info) if key not in _NOT_HERE} for run in shown.runs}
     if not any(found.values()):
         return None
     if shown.is_one:
         ((_, values),) = found.items()
         return html.table(["entry of run.json", "value"], [[key, text(value)] for key, value in values.items()])
     return _compared(found)
+
+
+def _entries(info: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of run.json, dotted; of each time that the run went on its round, when, and what was another."""
+    parts = [
+        f"round {part.get('from_round')} ({text([part.get('at'), *part.get('unlike', [])])})"
+        for part in info.get("resumes", [])
+        if isinstance(part, dict)
+    ]
+    yield from flat({**info, "resumes": parts} if parts else info)
 
 
 def _compared(found: Mapping[str, Mapping[str, Any]]) -> str:
