@@ -92,7 +92,6 @@ def _tasks(the_plan: plan.Plan, cells: Sequence[plan.Cell], store: Store, going:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
     """Whether no other reproduction writes into this folder; none can until the end."""
-    folder.mkdir(parents=True, exist_ok=True)
     held, is_alone = os.open(folder, os.O_RDONLY), True
     try:
         try:
@@ -152,8 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--gpu: torch finds no GPU here")
     if args.report and not any((args.output / name).is_file() for name in ("runs.parquet", variants.FILE)):
         parser.error(f"--report: nothing has been run into {args.output}; name the --output of a reproduction")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output {args.output}: that is a file; name a folder")
+    for option, folder in () if args.report else (("--output", args.output), ("--runs", args.runs)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"{option} {folder}: {error.strerror}; name a folder that is there, or can be made")
     try:
         Store(args.output)
     except InputError as error:

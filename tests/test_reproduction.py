@@ -281,16 +281,26 @@ def test_a_run_that_went_on_elsewhere_says_so(tmp_path):
     here = work(task, tmp_path, time.time() + 100).row
     path = tmp_path / CELL.name / "lr0.02-seed0" / "run.json"
     info = json.loads(path.read_text())
+    here_too = {"machine": info["machine"], "versions": info["versions"]}
     parts = [
-        {"from_round": 2, "machine": info["machine"], "device": "cuda (A GPU)", "versions": info["versions"]},
-        {"from_round": 4, "machine": info["machine"], "device": "cuda (A GPU)", "versions": info["versions"]},
-        {"from_round": 5, "machine": info["machine"], "device": "cpu", "versions": info["versions"] | {"torch": "9"}},
+        here_too | {"from_round": 2, "device": "cuda (A GPU)", "numerics_fingerprint": "ab"},
+        here_too | {"from_round": 4, "device": "cuda (A GPU)", "numerics_fingerprint": "ab"},
+        here_too
+        | {
+            "from_round": 5,
+            "device": "cpu",
+            "numerics_fingerprint": "cd",
+            "versions": info["versions"] | {"torch": "9"},
+        },
     ]
     path.write_text(json.dumps(info | {"resumes": parts}))
     row = work(task, tmp_path, time.time() + 100).row
     machine, versions = here["machine"], here["versions"]
     assert row["machine"] == f"{machine}; from round 2 on {machine}, cuda (A GPU); from round 5 on {machine}"
     assert row["versions"] == f"{versions}; from round 5 on {versions.replace(info['versions']['torch'], '9')}"
+    fingerprint = info["numerics_fingerprint"]
+    assert here["numerics_fingerprint"] == fingerprint
+    assert row["numerics_fingerprint"] == f"{fingerprint}; from round 2 on ab; from round 5 on cd"
     assert row["weights_sha256"] == here["weights_sha256"]
 
 
@@ -461,7 +471,19 @@ def test_a_place_that_cannot_be_used_is_refused(tmp_path, capsys, what):
         reproduce_mcmahan2017.main(["--output", str(output)])
     assert ended.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "that is a file; name a folder" in said if what == "a file" else "runs.parquet cannot be read" in said
+    assert f"--output {output}: File exists; name a folder" in said if what == "a file" else "cannot be read" in said
+
+
+@pytest.mark.parametrize("option", ["--output", "--runs"])
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_place_that_cannot_be_made_is_refused(tmp_path, capsys, option, below):
+    (tmp_path / "file").write_text("mine")
+    folders = {"--output": tmp_path / "out", "--runs": tmp_path / "runs"} | {option: tmp_path / "file" / below}
+    with pytest.raises(SystemExit) as ended:
+        reproduce_mcmahan2017.main(["--hours", "0", *(str(word) for pair in folders.items() for word in pair)])
+    assert ended.value.code == 2
+    assert f"{option} {folders[option]}: " in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_unknown_cells_are_refused(capsys):

@@ -126,6 +126,7 @@ def signature(info: dict[str, Any]) -> dict[str, str]:
         "git_commit": info["git_commit"],
         "machine": _by_round(info, _machine),
         "versions": _by_round(info, _versions),
+        "numerics_fingerprint": _by_round(info, lambda part: str(part["numerics_fingerprint"])),
     }
 
 
