@@ -290,6 +290,17 @@ def test_a_run_that_is_going_on_says_so(tmp_path):
     assert "fedsim resume" not in page.text[""]
 
 
+def test_a_run_that_went_on_says_when_and_what_was_another(tmp_path):
+    run = fedsim.run(SERIAL, results=tmp_path, name="a")
+    fedsim.resume(run.path, changes={"rounds": 5})
+    (part,) = run.info["resumes"]
+    assert f"resumes round 4 ({part['at']})" in page_of(run.path).text["Environment"]
+    info = json.loads((run.path / "run.json").read_text())
+    unlike = {"resumes": [part | {"unlike": ["torch 1.0 in the run, 2.0 here"]}, "edited"]}
+    (run.path / "run.json").write_text(json.dumps(info | unlike))
+    assert f"round 4 ({part['at']}, torch 1.0 in the run, 2.0 here)" in page_of(run.path).text["Environment"]
+
+
 @pytest.mark.parametrize("status", ["failed", "interrupted", "running"])
 def test_a_run_that_ended_early_says_how_to_go_on(tmp_path, status):
     error = "RunFailedError: node lost\nin a second line" if status == "failed" else None
