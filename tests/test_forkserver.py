@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ import pytest
 from helpers import is_gone, wait_until
 
 from fedsim import forkserver
-from fedsim.forkserver import LAUNCHER, ForkServer, server, worker
+from fedsim.forkserver import LAUNCHER, ForkServer, launcher, server, worker
 
 pytestmark = [
     pytest.mark.long,
@@ -381,6 +382,25 @@ def test_children_come_and_go_without_a_trace(world):
     wait_until(lambda: not process.children() and process.num_fds() == before)
     assert process.num_threads() == 1
     assert [launcher.wait(10) for launcher in world.launchers] == [0] * 31
+
+
+@pytest.mark.parametrize(("answer", "is_replaced"), [(b"fr", True), (b"f", False), (b"", False)])
+def test_whoever_was_known_to_ray_and_has_ended_is_not_started_again(tmp_path, answer, is_replaced):
+    """By a launcher that learns of it late: it cannot say that it is done."""
+
+    def serve():
+        asked, _ = listener.accept()
+        with asked:
+            asked.recv(1)
+            asked.shutdown(socket.SHUT_RD)
+            asked.sendall(answer)
+
+    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        served = pool.submit(serve)
+        assert launcher._is_replaced(str(tmp_path / "socket")) == is_replaced
+        served.result()
 
 
 # ---------------------------------------------------------------- what others can see, and reach

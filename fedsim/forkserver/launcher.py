@@ -40,17 +40,20 @@ def _is_replaced(address: str) -> bool:
         server.settimeout(None)
         if server.recv(1) != b"r":  # registered; from the child itself
             return False
-        server.send(b"d")  # done: from here on, the child lives without this process
     except TimeoutError:
         _remove(address)  # so that others need not wait as long
         return False
     except OSError:
         return False
+    try:  # noqa: SIM105 - imports next to nothing
+        server.send(b"d")  # done: from here on, the child lives without this process
+    except OSError:
+        pass  # it has ended since: Ray knew it, and starts another where one is needed
     return True
 
 
 def _remove(address: str) -> None:
-    try:  # noqa: SIM105 - see above
+    try:  # noqa: SIM105 - imports next to nothing
         os.unlink(address)  # noqa: PTH108 - see above
     except OSError:
         pass
