@@ -156,9 +156,9 @@ def _member(folder: Path, config: Config, stop_at: Sequence[Target], own: Mappin
     was["stop_at"], now["stop_at"] = _targets(info.get("stop_at", [])), _targets(stop_at)
     was |= {f"own {part}": name for part, name in info["own"].items()}
     now |= {f"own {part}": called for part, called in own.items()}
-    was_there = now["stop_at"] and not was["stop_at"] and _targets(info.get("stopped_at", [])) == now["stop_at"]
+    was_there = not was["stop_at"] and _targets(info.get("stopped_by", [])) == now["stop_at"] != ""
     if was["rounds"] > now["rounds"] or was_there:
-        # it was resumed, beyond what the sweep asks for, and its targets ended with that
+        # it went on beyond what the sweep asks for, or after a target had ended it; its targets ended with that
         now |= {"rounds": was["rounds"]} | ({} if was["stop_at"] else {"stop_at": ""})
     for key in dict.fromkeys([*now, *was]):
         if was.get(key) != now.get(key):

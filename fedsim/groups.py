@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fedsim.config import Config
 from fedsim.config.changes import computed, text
+from fedsim.errors import FedsimWarning
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,35 +59,72 @@ def groups(runs: Sequence[R]) -> dict[str, list[R]]:
     for one in keys:
         for key, seen in values.items():
             seen.add(repr(one.get(key)))
-    found: dict[str, list[list[R]]] = {}
+    found: dict[str, list[R]] = {}
     for run, one in zip(runs, keys, strict=True):
         label = (
             ", ".join(f"{key}={text(value)}" for key, value in one.items() if len(values[key]) > 1) or run.config.name
         )
-        alike = found.setdefault(label, [])
-        its_own = [members for members in alike if all(_may_be_again(run, other) for other in members)]
-        if its_own:
-            min(its_own, key=lambda members: _parts(members[0]) != _parts(run)).append(run)
-        else:
-            alike.append([run])
+        found.setdefault(label, []).append(run)
     return {
         f"{label} ({place}: {members[0].name})" if len(alike) > 1 else label: members
-        for label, alike in found.items()
+        for label, of_label in found.items()
+        for alike in [_told_apart(of_label)]
         for place, members in enumerate(alike, start=1)
     }
 
 
-def _may_be_again(run: Read, other: Read) -> bool:
-    """Whether two runs of one configuration are of other seeds, or the same one as far as both go."""
+def _told_apart(runs: Sequence[R]) -> list[list[R]]:
+    """Runs of one configuration, in which no seed has two that are not the same run as far as both go.
+
+    Those of equal data and equally large models stay together, and all do where nothing speaks against it: a data set
+    may be another for each seed.
+    """
+    times = Counter(run.config.seed for run in runs)
+    if max(times.values()) == 1:
+        return [list(runs)]
+    hashes = {id(run): _hashes(run) for run in runs if times[run.config.seed] > 1}
+    by_parts: dict[Hashable, list[R]] = {}
+    for run in runs:
+        by_parts.setdefault(_parts(run), []).append(run)
+    sets: list[list[R]] = []
+    for same in by_parts.values():
+        first = len(sets)
+        for run in same:
+            _join(sets, [run], hashes, first)
+    merged: list[list[R]] = []
+    for members in sets:
+        _join(merged, members, hashes)
+    return [[run for run in runs if any(run is member for member in members)] for members in merged]
+
+
+def _join(sets: list[list[R]], more: list[R], hashes: Mapping[int, Mapping[int, str]], first: int = 0) -> None:
+    """Adds runs to the first set, of those from `first` on, with which they go together; else they are one more."""
+    for members in sets[first:]:
+        if all(_go_together(run, other, hashes) for run in more for other in members):
+            members += more
+            return
+    sets.append(list(more))
+
+
+def _go_together(run: Read, other: Read, hashes: Mapping[int, Mapping[int, str]]) -> bool:
+    """Whether two runs are of two seeds, or equal in the last round that both have."""
     if run.config.seed != other.config.seed:
         return True
-    one, two = (each.rounds.set_index("round")["weights_sha256"] for each in (run, other))
-    both = one.index.intersection(two.index)
-    return both.empty or bool(one[both.max()] == two[both.max()])
+    one, two = hashes[id(run)], hashes[id(other)]
+    last = max(one.keys() & two.keys(), default=None)
+    return last is None or one[last] == two[last]
 
 
-def _parts(run: Read) -> tuple[Any, Any]:
-    """What tells parts of one name apart, if anything does before they are used."""
+def _hashes(run: Read) -> dict[int, str]:
+    """Of the weights after each round that can be read; what cannot is said where the rows are shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FedsimWarning)
+        rounds = run.rounds
+    return dict(zip(rounds["round"], rounds["weights_sha256"], strict=True))
+
+
+def _parts(run: Read) -> Hashable:
+    """What tells parts of one name apart before they are used."""
     return run.info.get("data", {}).get("sha256"), run.info.get("model", {}).get("num_values")
 
 

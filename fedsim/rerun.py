@@ -91,8 +91,6 @@ def plan_verify(
     recorded = Recorded(run)
     first, last = _chosen(rounds, recorded, run)
     config = _placed(run, _other_placement(run) if placement is None else {"mode": "packed", **placement})
-    if not math.isnan(recorded.rounds[recorded.last]["test_accuracy"]):  # a target may have made it the last
-        config = config.override({"rounds": recorded.last})
     return _plan(run, recorded, config, first, last, None, own, anyway)
 
 
@@ -122,6 +120,9 @@ def _plan(
     assert run.path is not None
     info = run.info
     check_own(run.path, info["own"], own)
+    if not math.isnan(recorded.rounds.get(recorded.last, {}).get("test_accuracy", math.nan)):
+        # a target may have made it the last one, which is tested; where it is tested anyway, this is nothing to it
+        config = config.override({"rounds": max(recorded.last, 1)})
     x = prepare(config, model=own.model, strategy=own.strategy, dataset=own.dataset)
     threads = (run.config.placement.threads, config.placement.threads)
     unlike = check_same(run.path, compared(info, x) | {"placement.threads": threads}, anyway)

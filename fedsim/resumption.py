@@ -124,8 +124,9 @@ class Resumption:
         part = {"at": now(), "from_round": self.next_round, **{key: info[key] for key in _OF_A_PART}}
         resumes = [*before.get("resumes", []), part | ({"unlike": unlike} if unlike else {})]
         again = {"resumes": resumes, "stop_at": info["stop_at"]}
-        if before.get("stop_at") and not info["stop_at"]:  # it was finished with that, and goes further
-            again["stopped_at"] = before["stop_at"]
+        if not info["stop_at"] and self.whole.rounds:  # it goes further, and its targets end with that
+            row, goals = self.whole.rounds[-1].measures, map(Target.parse, before.get("stop_at", []))
+            again |= {"stopped_by": before["stop_at"]} if any(goal.is_reached(row) for goal in goals) else {}
         round = self.start.round if self.start else None
         return go_on(
             self.folder, self.stopped.held, self.config, before | again, self.whole, round, is_over=self.is_over

@@ -23,7 +23,7 @@ from fedsim.errors import NewerVersionError, RunFolderError
 RUN_VERSION = 1
 
 _NEEDED = {"name": str, "status": str, "own": dict, "data": dict}
-_IF_THERE = {"versions": dict, "placement": dict, "resumes": list, "stop_at": list, "stopped_at": list}
+_IF_THERE = {"versions": dict, "placement": dict, "model": dict, "resumes": list, "stop_at": list, "stopped_by": list}
 _OF_DATA = {"sha256": str, "input_shape": list, "num_classes": int}
 
 

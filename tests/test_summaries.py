@@ -110,7 +110,7 @@ def test_runs_of_one_seed_with_other_weights_are_of_two_groups():
         Stub("other", [0.1], rounds=9),
     ]
     for run in runs:
-        run.info = {"model": {"num_values": 2 if run.name.startswith("new") else 1}}
+        run.info = {"model": {"num_values": 2 if run._parts else 1}}
     assert {label: [run.name for run in members] for label, members in groups(runs).items()} == {
         "rounds=5 (1: old-0)": ["old-0", "old-1", "again-0"],
         "rounds=5 (2: new-0)": ["new-0", "new-1", "new-2"],
@@ -119,6 +119,55 @@ def test_runs_of_one_seed_with_other_weights_are_of_two_groups():
     means = summaries.over_seeds(summaries.summary(runs)).query("measure == 'final_accuracy'").set_index("group")
     assert means["number"].tolist() == [2, 3, 1]
     assert means["mean"].tolist() == pytest.approx([0.25, 0.4, 0.1])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 4, 2, 3], [0, 3, 1, 2, 4], [4, 2, 0, 3, 1]])
+def test_an_edited_part_is_told_apart_also_where_its_first_seed_was_not_run_before(order):
+    every = [(name, seed) for name, seeds in (("old", (1, 2)), ("new", (1, 2, 0))) for seed in seeds]
+    runs = [Stub(f"{name}-{seed}", [0.1, 0.2], name, seed=seed) for name, seed in (every[place] for place in order)]
+    for run in runs:
+        run.info = {"model": {"num_values": {"old": 1, "new": 2}[run._parts]}}
+    found = [{run.name for run in members} for members in groups(runs).values()]
+    assert {frozenset(names) for names in found} == {
+        frozenset(["old-1", "old-2"]),
+        frozenset(["new-0", "new-1", "new-2"]),
+    }
+    assert [run.name for members in groups(runs[:1] * 2).values() for run in members] == [runs[0].name] * 2
+
+
+def test_data_of_each_seed_are_of_one_group():
+    runs = [Stub(f"a-{seed}", [0.1, 0.2], f"{seed} ", seed=seed) for seed in range(3)]
+    runs += [Stub("again-1", [0.1], "1 ", seed=1)]
+    for run in runs:
+        run.info = {"data": {"sha256": run._parts}}
+    assert list(groups(runs).values()) == [runs]
+
+
+def test_rows_are_read_once_a_run_and_only_where_a_seed_is_there_again():
+    class Counting(Stub):
+        reads = 0
+
+        @property
+        def rounds(self):
+            self.reads += 1
+            return super().rounds
+
+    runs = [Counting(f"a-{number}", [0.1, 0.2], str(number % 3), seed=number // 9) for number in range(10)]
+    assert [len(members) for members in groups(runs).values()] == [4, 3, 3]
+    assert [run.reads for run in runs] == [1] * 9 + [0]
+
+
+def test_of_damaged_runs_what_is_left_tells_them_apart():
+    """Rows that are there twice, or not at all."""
+
+    class Damaged(Stub):
+        @property
+        def rounds(self):
+            rounds = super().rounds
+            return pd.concat([rounds, rounds[1:]]) if self.name == "twice" else rounds[:0]
+
+    runs = [Stub("whole", [0.1, 0.2]), Damaged("twice", [0.1, 0.2]), Damaged("none", [0.1]), Stub("b", [0.1], "x")]
+    assert [[run.name for run in members] for members in groups(runs).values()] == [["whole", "twice", "none"], ["b"]]
 
 
 def test_other_data_under_one_name_are_seen(tmp_path):

@@ -161,6 +161,14 @@ def test_so_is_one_that_went_on_to_the_sweeps_own_last_round_or_not_as_far(tmp_p
         fedsim.sweep(SERIAL, seeds=[0, 1], results=tmp_path, stop_at={"test_accuracy": 0.2})
 
 
+def test_one_that_went_on_without_having_been_there_is_not_enough(tmp_path):
+    goal = {"test_accuracy": 0.9999}
+    (run,) = fedsim.sweep(SERIAL.override({"rounds": 2}), results=tmp_path, stop_at=goal)
+    fedsim.resume(run.path, changes={"rounds": 4})
+    with pytest.raises(RunFolderError, match="rounds = 4, not 8"):
+        fedsim.sweep(SERIAL.override({"rounds": 8}), results=tmp_path, stop_at=goal)
+
+
 @pytest.mark.parametrize("grid", [["training.lr"], "training.lr", 0.1])
 def test_a_grid_is_a_dictionary(tmp_path, grid):
     with pytest.raises(ConfigError, match="give a dictionary of keys and their values"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import fedsim
 from fedsim import cli, recording
 from fedsim.errors import FedsimWarning, InputError
+from fedsim.experiment import prepare
 from fedsim.targets import Target, targets
 from tests.helpers import SERIAL, assert_same_results, results_of
 
@@ -188,6 +189,16 @@ def test_the_round_that_ends_a_run_is_tested(whole, early, tmp_path):
     assert results_of(fedsim.run(SELDOM, results=None, stop_at=early)) == results_of(run)
     assert fedsim.verify(run.path, rounds="all").is_equal
     assert fedsim.verify(run.path).is_equal
+
+
+@pytest.mark.parametrize("round", [3, 4])
+def test_a_client_of_it_or_of_the_next_one_can_be_replayed(early, tmp_path, round):
+    """Also where that round has to be computed again."""
+    run = fedsim.run(SELDOM, results=tmp_path, stop_at=early)
+    for saved in (run.path / "checkpoint").iterdir():
+        saved.unlink()
+    client = prepare(SELDOM).sample(round)[0]
+    assert fedsim.replay(run.path, round=round, client=client).differences == ()
 
 
 def test_and_is_not_where_it_goes_further(early, tmp_path):

@@ -42,7 +42,7 @@ def environment(shown: Shown) -> str | None:
 def _entries(info: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The entries of run.json, dotted; of each time that the run went on its round, when, and what was another."""
     parts = [
-        f"round {part.get('from_round')} ({text([part.get('at'), *part.get('unlike', [])])})"
+        f"round {part.get('from_round')} ({', '.join(map(str, [part.get('at'), *(part.get('unlike') or [])]))})"
         for part in info.get("resumes", [])
         if isinstance(part, dict)
     ]

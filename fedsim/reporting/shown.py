@@ -53,7 +53,7 @@ class Shown:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """See `summaries.groups`; a run alone is called by its name."""
+        """See `groups.groups`; a run alone is called by its name."""
         found = groups(self.runs) if len(self.runs) > 1 else {self.runs[0].name: list(self.runs)}
         return [
             Group(_letter(place) if len(found) > 1 else "", name, one_a_seed(members), *look(place))

@@ -24,12 +24,6 @@ _DEAD = (
     "nothing below has a gradient. This is looked for where a run was interrupted, which is not in the plan; other "
     "runs at such rates went on to their ends."
 )
-_ROUNDING = (
-    "Processors of one name can round differently (newer rows have the numerics_fingerprint that tells them apart). A "
-    "run then takes a round or two more or fewer: table1-2nn-iid-E1-B10-C0.1 with seed 0 stands here with 57.3 and "
-    "38.1 rounds at the rates 0.1 and 0.215, and took 58.5 and 36.9 on another AMD EPYC, where the code of then and "
-    "that of 2026-11-26 gave the same bits (compared over 12 rounds)."
-)
 _BANDS = (
     "(The plan argues the bands by 0.85 to 1.18 and 0.48 to 2.08, rounded outwards: the first is 0.84 to the digits "
     "given, and 0.5 is inwards. No verdict depends on it.)"
@@ -150,7 +144,6 @@ def _page(plan: Plan, store: Store, outcomes: Sequence[Outcome]) -> Iterator[str
         yield from _made("runs of the tables", store.runs)
     if (store.folder / variants.FILE).exists():
         yield from _made("runs with something changed", pd.read_parquet(store.folder / variants.FILE))
-    yield from (_ROUNDING, "")
 
 
 def _made(what: str, runs: pd.DataFrame) -> Iterator[str]:
